@@ -1,0 +1,1 @@
+"""The sub-commands of `mambalm`, one file each; `mambalm_cli` lists them and imports them when called."""

@@ -1,0 +1,76 @@
+"""The `mambalm` command: the list of its sub-commands, each imported when called.
+
+It stands beside the package because importing `mambalm` imports torch, for which `--help` and shell completion need
+not wait. A sub-command is the function of its file's name in `mambalm/cli/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+COMMANDS = {
+    "convert": "Rewrite a checkpoint in another format, without loss.",
+    "doctor": "Print versions, devices and which backend each op would run on.",
+    "generate": "Continue a prompt.",
+    "quickstart": "Train a small Mamba on this Python's standard library, then let it write.",
+    "verify": "Check that a model gives the same result however its tokens are fed.",
+}
+# What a user can mend: it is told in one line. Anything else is a bug of ours, and keeps its traceback.
+MENDABLE = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+
+app = typer.Typer(name="mambalm", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("mambalm"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train, generate with and examine Mamba language models."""
+    ctx.obj = debug
+
+
+def _forward(name: str) -> Callable[[typer.Context], None]:
+    """A command that imports the real one and hands its arguments on."""
+
+    def run(ctx: typer.Context) -> None:
+        try:
+            real = typer.Typer(add_completion=False)
+            real.command()(getattr(import_module(f"mambalm.cli.{name}"), name))
+            get_command(real).main(args=ctx.args, prog_name=f"mambalm {name}")
+        except MENDABLE as error:
+            if ctx.obj:
+                raise
+            typer.secho(f"mambalm {name}: {error}", fg="red", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+for _name, _help in COMMANDS.items():
+    app.command(
+        _name,
+        help=_help,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(_forward(_name))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
