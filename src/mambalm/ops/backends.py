@@ -1,0 +1,180 @@
+"""Which backend runs an op: the argument, else the context manager, else automatic choice.
+
+A backend is the module ``mambalm.ops.<op>.<name>``. It says in ``supports`` what it cannot do, and that sentence is
+what the user reads: in the error when the backend was asked for, in one warning when automatic choice passed it over,
+in ``explain`` and ``mambalm doctor`` at any time.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+NAMES = ("gluon", "triton", "cpu", "portable", "reference")
+OPS = ("selective_scan", "ssd", "causal_conv1d", "rms_norm")
+
+# In order of preference. A HIP device is called "cuda" by torch as well. The reference runs only when asked for.
+_CANDIDATES = {"cuda": ("gluon", "triton", "portable"), "xpu": ("triton", "portable"), "cpu": ("cpu", "portable")}
+_LAST_RESORT = ("portable",)
+
+# One value for the whole process: a plain global is what torch.compile can guard on.
+_forced: str | None = None
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for does not exist or cannot run the call."""
+
+
+class SlowBackendWarning(UserWarning):
+    """Automatic choice passed over a faster backend; the message says why."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend may look at to say whether it can run: no data, so that it works on fake tensors too.
+
+    ``sizes`` holds the axes by the letters of the notation (b, l, d, n, g, h, p, k, and s when packed).
+    """
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+def requested(backend: str | None) -> str:
+    """The name asked for by the argument or the enclosing ``use``; "" stands for automatic choice."""
+    name = backend if backend is not None else _forced
+    if name is not None and name not in NAMES:
+        raise BackendError(f"unknown backend {name!r}; the backends are {', '.join(NAMES)}")
+    return name or ""
+
+
+@contextlib.contextmanager
+def use(backend: str | None) -> Iterator[None]:
+    """Run every op inside the block on ``backend`` (None: automatic choice), in all threads of the process.
+
+    Raises:
+        BackendError: the name is unknown; and from an op, when the backend cannot run it.
+    """
+    global _forced
+    requested(backend)
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.cache
+def _load(op: str, name: str) -> ModuleType | str:
+    """The backend's module, or the reason why there is none."""
+    module = f"{__package__}.{op}.{name}"
+    if importlib.util.find_spec(module) is None:
+        return f"{op} has no {name} backend"
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        return f"its import failed ({error})"
+
+
+def _refusal(call: Call, name: str) -> str | None:
+    module = _load(call.op, name)
+    return module if isinstance(module, str) else module.supports(call)
+
+
+def candidates(op: str, device_type: str) -> tuple[str, ...]:
+    """The backends of ``op`` that automatic choice tries on a kind of device, best first."""
+    names = _CANDIDATES.get(device_type, _LAST_RESORT)
+    return tuple(name for name in names if importlib.util.find_spec(f"{__package__}.{op}.{name}") is not None)
+
+
+_candidates = functools.cache(candidates)
+
+
+@functools.cache
+def _warn(op: str, name: str, chosen: str, reason: str) -> None:
+    warnings.warn(
+        f"mambalm.{op} runs on its slower {chosen!r} backend, because {name!r} cannot run here: {reason}. "
+        "`mambalm doctor` lists every backend.",
+        SlowBackendWarning,
+        stacklevel=2,
+    )
+
+
+def choose(call: Call, name: str, *, quiet: bool = False) -> ModuleType:
+    """The module that runs ``call``: the one named, or the first candidate that supports it ("").
+
+    Raises:
+        BackendError: the backend named cannot run the call.
+    """
+    if name:
+        reason = _refusal(call, name)
+        if reason is not None:
+            raise BackendError(f"{call.op}: the {name!r} backend was asked for but cannot run this call: {reason}")
+        return importlib.import_module(f"{__package__}.{call.op}.{name}")
+    refused: list[tuple[str, str]] = []
+    for candidate in _candidates(call.op, call.device.type):
+        reason = _refusal(call, candidate)
+        if reason is None:
+            if not quiet:
+                for other, why in refused:
+                    _warn(call.op, other, candidate, why)
+            return importlib.import_module(f"{__package__}.{call.op}.{candidate}")
+        refused.append((candidate, reason))
+    raise BackendError(f"{call.op}: no backend can run this call: " + "; ".join(f"{n}: {w}" for n, w in refused))
+
+
+def explain(
+    op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **sizes: int
+) -> dict[str, str | None]:
+    """For each backend of ``op``: None if it would run such a call, else the reason why not. Best first.
+
+    Sizes left out are those of a mamba-130m (d=1536, n=16) or mamba2-130m (h=24, p=64, n=128) layer.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
+    usual = {"b": 1, "l": 512, "d": 1536, "n": 128 if op == "ssd" else 16, "g": 1, "h": 24, "p": 64, "k": 4}
+    call = Call(op, torch.device(device), dtype, usual | sizes)
+    order = _candidates(op, call.device.type)
+    return {name: _refusal(call, name) for name in (*order, "reference")}
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """True when a backend may be called directly: nothing traces, compiles or differentiates the call.
+
+    The detour over ``torch.library`` costs tens of microseconds, much of a decode step on a CPU.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return not needs_grad(*tensors) and all(t is None or type(t) in _PLAIN_TYPES for t in tensors)
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """True when autograd will ask for the gradient of any of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+@contextlib.contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Keep autocast out of a backend: it says itself what is rounded."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an op computes and keeps states: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
