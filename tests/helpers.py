@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -69,7 +70,7 @@ def splits(length: int) -> st.SearchStrategy[list[int]]:
 
 def pieces(offsets: Sequence[int]) -> list[slice]:
     """The slices between consecutive offsets."""
-    return [slice(i, j) for i, j in zip(offsets, offsets[1:], strict=False)]
+    return [slice(i, j) for i, j in itertools.pairwise(offsets)]
 
 
 def cu_seqlens(offsets: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

@@ -113,7 +113,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("b, l, d, n, g, offsets", CASES)
+@pytest.mark.parametrize(("b", "l", "d", "n", "g", "offsets"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_portable_against_reference(
     b: int, l: int, d: int, n: int, g: int, offsets: list[int] | None, dtype: torch.dtype
@@ -122,7 +122,8 @@ def test_portable_against_reference(
     weights = output_weights(args)
     exact = gradients(scan("reference", offsets), {k: t.double() for k, t in args.items()}, weights)
     found = gradients(scan("portable", offsets), args, weights)
-    assert found["out0"].dtype == dtype and found["out1"].dtype in (torch.float32, torch.float64)
+    assert found["out0"].dtype == dtype
+    assert found["out1"].dtype in (torch.float32, torch.float64)
     if dtype in (torch.float32, torch.float64):
         assert_close(found, exact, FLOAT32 if dtype == torch.float32 else 1e-12)
     else:
@@ -239,7 +240,7 @@ def test_inputs_are_left_alone_and_outputs_are_fresh() -> None:
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"delta": torch.zeros(2, 8, 5)}, r"delta must have shape \(b, l, d\) = \(2, 8, 4\), got \(2, 8, 5\)"),
         ({"A": torch.zeros(3, 4)}, r"A must have shape \(d, n\)"),

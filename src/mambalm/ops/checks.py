@@ -1,5 +1,6 @@
 """Argument checks that the ops share. Every message names the tensor, what was expected and what was given."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -48,5 +49,5 @@ def offsets(op: str, cu_seqlens: Tensor | None, batch: int, length: int) -> None
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor:
         return
     values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != length or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] != 0 or values[-1] != length or any(a > b for a, b in itertools.pairwise(values)):
         raise ValueError(f"{op}: cu_seqlens must rise from 0 to the length {length}, got {values}")

@@ -5,6 +5,7 @@ the channels, so that the innermost axis is long and C h is a batched matrix pro
 each segment is kept for the backward, which computes the segment again.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -138,7 +139,7 @@ def scan_(x: Tensor, decay: Tensor, chunks: int, *, backwards: bool = False) -> 
         now.addcmul_(factor, before)
     if chunks == 1:
         return
-    for before, now in zip(decays, decays[1:], strict=False):
+    for before, now in itertools.pairwise(decays):
         now.mul_(before)
     xs, decays = (list(t.unflatten(1, (chunks, -1)).unbind(1)) for t in (x, decay))
     if backwards:

@@ -1,5 +1,7 @@
 """The specification of the selective scan: a time loop in plain torch, in the notation of the Mamba paper."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,7 +44,7 @@ def selective_scan(
                 delta_softplus,
                 None if initial_state is None else initial_state[s : s + 1],
             )
-            for s, (i, j) in enumerate(zip(edges, edges[1:], strict=False))
+            for s, (i, j) in enumerate(itertools.pairwise(edges))
         ]
         if not parts:
             return torch.empty_like(u), A.new_zeros(0, *A.shape, dtype=accumulation_dtype(u.dtype))
