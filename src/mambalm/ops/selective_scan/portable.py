@@ -132,21 +132,22 @@ def scan_(x: Tensor, decay: Tensor, chunks: int, *, backwards: bool = False) -> 
     """
     if x.shape[1] % chunks:
         chunks = 1
-    xs, decays = (list(t.unflatten(1, (chunks, -1)).unbind(2)) for t in (x, decay))
-    if backwards:
-        xs.reverse(), decays.reverse()
+
+    def views(t: Tensor, axis: int) -> tuple[Tensor, ...]:
+        found = t.unflatten(1, (chunks, -1)).unbind(axis)
+        return found[::-1] if backwards else found
+
+    xs, decays = views(x, 2), views(decay, 2)
     for before, now, factor in zip(xs, xs[1:], decays[1:], strict=False):
         now.addcmul_(factor, before)
     if chunks == 1:
         return
     for before, now in itertools.pairwise(decays):
         now.mul_(before)
-    xs, decays = (list(t.unflatten(1, (chunks, -1)).unbind(1)) for t in (x, decay))
-    if backwards:
-        xs.reverse(), decays.reverse()
+    xs, decays = views(x, 1), views(decay, 1)
     last = 0 if backwards else -1
     for before, now, factor in zip(xs, xs[1:], decays[1:], strict=False):
-        now.addcmul_(factor, before[:, last : last + 1 or None])
+        now.addcmul_(factor, before[:, last].unsqueeze(1))
 
 
 def _prepare(
@@ -168,7 +169,7 @@ def _prepare(
     def grouped(t: Tensor) -> Tensor:  # (..., d, n) -> (..., g, n, e)
         return t.to(acc).unflatten(-2, (g, -1)).transpose(-1, -2).contiguous()
 
-    length, chunks = _segment_length(u.shape[0], *A.shape, u.device.type)
+    length, chunks = _segment_length(u.shape[0], A.shape[0], A.shape[1], u.device.type)
     initial = None if initial_state is None else grouped(initial_state)
     return _Scan(u, delta, grouped(A), B, C, D, z, delta_bias, delta_softplus, initial, cu_seqlens, length, chunks)
 

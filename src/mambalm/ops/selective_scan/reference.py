@@ -32,20 +32,12 @@ def selective_scan(
     Differentiable through autograd. Gu & Dao 2023, Mamba, equation 2 with the discretisation of section 3.3.
     """
     if cu_seqlens is not None:
-        edges = cu_seqlens.tolist()
-        parts = [
-            selective_scan(
-                *(t[:, i:j] for t in (u, delta)),
-                A,
-                *(t[:, i:j] for t in (B, C)),
-                D,
-                None if z is None else z[:, i:j],
-                delta_bias,
-                delta_softplus,
-                None if initial_state is None else initial_state[s : s + 1],
-            )
-            for s, (i, j) in enumerate(itertools.pairwise(edges))
-        ]
+        parts = []
+        for s, (i, j) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            gate = None if z is None else z[:, i:j]
+            state = None if initial_state is None else initial_state[s : s + 1]
+            document = (u[:, i:j], delta[:, i:j], A, B[:, i:j], C[:, i:j], D, gate, delta_bias)
+            parts.append(selective_scan(*document, delta_softplus, state))
         if not parts:
             return torch.empty_like(u), A.new_zeros(0, *A.shape, dtype=accumulation_dtype(u.dtype))
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([h for _, h in parts])
