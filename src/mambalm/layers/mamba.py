@@ -1,0 +1,186 @@
+"""The Mamba layer (Gu & Dao 2023, arXiv:2312.00752, figure 3), with FalconMamba's norms on request."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambalm.layers.convolution import CausalConv1d
+from mambalm.layers.initialization import (
+    assign,
+    reset_projection,
+    residual_scale,
+    s4d_real_log,
+    step_bias,
+    uniform,
+)
+from mambalm.layers.state import MambaState
+from mambalm.ops import rms_norm, selective_scan
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class StepProjection(nn.Linear):
+    """``dt_proj``: leaves its bias to the scan, which adds it in float32, unless the bias is half precision anyway.
+
+    Called alone it returns its output less ``scan_bias``.
+    """
+
+    @property
+    def scan_bias(self) -> Tensor | None:
+        """The bias that ``forward`` leaves out."""
+        return None if self.bias is None or self.bias.dtype in _HALF else self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dt_rank) -> (..., d)."""
+        return F.linear(x, self.weight, self.bias if self.scan_bias is None else None)
+
+
+def full_precision(parameter: Tensor) -> Tensor:
+    """The parameter as the scans take it: float32, or float64 if it is."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+class Mamba(nn.Module):
+    """The Mamba layer; arguments and parameter names are those of state-spaces/mamba and transformers.
+
+    Args:
+        d_model: input and output channels.
+        d_state: state size n.
+        d_conv: width k of the convolution.
+        expand: d_inner = expand * d_model, unless d_inner is given.
+        dt_rank: rank of the step projection; "auto": d_model / 16, rounded up.
+        dt_min, dt_max, dt_init_floor: the range of initial step sizes, and their least value.
+        dt_init, dt_scale: "random" or "constant" initial dt_proj weight of size dt_scale / sqrt(dt_rank).
+        conv_bias, bias: whether the convolution has one; whether in_proj and out_proj have.
+        d_inner: inner channels d, for checkpoints that state them beside ``expand``.
+        bcdt_rms_eps: normalise Δ, B and C by their root mean square, with this eps and without weights (FalconMamba).
+        backend: the ops' backend; None: automatic choice.
+        layer_idx: kept for the caller.
+
+    Raises:
+        ValueError: dt_init or the range of step sizes is none of the above.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        *,
+        d_inner: int | None = None,
+        bcdt_rms_eps: float | None = None,
+        backend: str | None = None,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dt_init not in ("random", "constant"):
+            raise ValueError(f"dt_init must be 'random' or 'constant', got {dt_init!r}")
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner = int(expand * d_model) if d_inner is None else d_inner
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
+        self.dt_init, self.dt_scale = dt_init, dt_scale
+        self.bcdt_rms_eps = bcdt_rms_eps
+        self.backend = backend
+        self.layer_idx = layer_idx
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **where)
+        self.conv1d = CausalConv1d(self.d_inner, d_conv, bias=conv_bias, activation="silu", backend=backend, **where)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **where)
+        self.dt_proj = StepProjection(self.dt_rank, self.d_inner, bias=True, **where)
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **where))
+        self.D = nn.Parameter(torch.empty(self.d_inner, **where))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **where)
+        self.reset_parameters()
+
+    def reset_parameters(self, residual_branches: int = 1) -> None:
+        """Draw all parameters as the paper does, out_proj divided by sqrt(residual_branches)."""
+        for module in (self.in_proj, self.conv1d, self.x_proj):
+            reset_projection(module)
+        reset_projection(self.out_proj, residual_scale(residual_branches))
+        device = self.A_log.device
+        size = self.dt_scale / math.sqrt(self.dt_rank)
+        shape = self.dt_proj.weight.shape
+        constant = self.dt_init == "constant"
+        assign(self.dt_proj.weight, torch.full(shape, size) if constant else uniform(shape, -size, size, device))
+        assign(self.dt_proj.bias, step_bias(self.d_inner, self.dt_min, self.dt_max, self.dt_init_floor, device))
+        assign(self.A_log, s4d_real_log(self.d_inner, self.d_state, device))
+        assign(self.D, torch.ones(self.d_inner, device=device))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MambaState | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Read x on from ``state``, at any length; nothing is changed in place.
+
+        Args:
+            x: (b, l, d_model).
+            state: what was read before, b rows; None: nothing.
+            cu_seqlens: int32 offsets (s + 1) of documents packed into one row (b = 1); the states have s rows then.
+            return_state: return the new state too.
+
+        Returns:
+            y (b, l, d_model); (y, MambaState) with return_state.
+
+        Raises:
+            TypeError: the state is of another kind of layer.
+            ValueError: a shape does not fit; the message names the tensor.
+        """
+        conv_before, ssm_before = MambaState.unpack(state)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, conv = self.conv1d(u, conv_before, cu_seqlens)
+        delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.bcdt_rms_eps is not None:
+            delta, B, C = (rms_norm(t, eps=self.bcdt_rms_eps, backend=self.backend) for t in (delta, B, C))
+        y, ssm = selective_scan(
+            u,
+            self.dt_proj(delta),
+            -full_precision(self.A_log).exp(),
+            B,
+            C,
+            full_precision(self.D),
+            z,
+            self._scan_bias(),
+            delta_softplus=True,
+            initial_state=ssm_before,
+            cu_seqlens=cu_seqlens,
+            return_final_state=True,
+            backend=self.backend,
+        )
+        y = self.out_proj(y)
+        return (y, MambaState(conv, ssm)) if return_state else y
+
+    def _scan_bias(self) -> Tensor | None:
+        """The part of dt_proj's output that its module leaves to the scan.
+
+        An adapter (PEFT) is asked for the layer inside it; a replacement of another kind keeps its bias to itself.
+        """
+        module: Any = self.dt_proj
+        module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        return getattr(module, "scan_bias", None)
+
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MambaState:
+        """The state before the first token; ``dtype`` is that of the activations."""
+        conv = self.conv1d.init_state(batch_size, dtype, device)
+        return MambaState(conv, conv.new_zeros(batch_size, self.d_inner, self.d_state, dtype=torch.float32))
