@@ -1,0 +1,29 @@
+"""`mambalm doctor`: what this machine has, and which backend each op would run on."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from mambalm.diagnostics import doctor as diagnosis
+
+
+def doctor() -> None:
+    """Print versions, devices, the C compiler, and for each op which backend runs and why not the others."""
+    console = Console()
+    table = Table("package", "version", title="Versions")
+    for package, version in diagnosis.versions().items():
+        table.add_row(package, version)
+    console.print(table)
+    table = Table("device", "description", title="Devices")
+    for device, description in diagnosis.devices().items():
+        table.add_row(str(device), description)
+    table.add_row("C compiler", diagnosis.compiler())
+    console.print(table)
+    table = Table("op", "device", "backend", "runs?", title="Backends (automatic choice takes the first that can run)")
+    for backend in diagnosis.backends():
+        if backend.chosen:
+            table.add_section()
+        status = "chosen" if backend.chosen else "can run, when asked for"
+        table.add_row(backend.op, backend.device.type, backend.name, backend.reason or status)
+    console.print(table)

@@ -1,0 +1,58 @@
+"""`mambalm verify`: the equalities, on a checkpoint or on a tiny random model of each family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import mambalm
+from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
+from mambalm.diagnostics.verify import QUANTITIES, Check, tiny_models
+from mambalm.diagnostics.verify import verify as run_checks
+
+
+def verify(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint's folder or hub name; by default tiny random models.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    gradients: Annotated[bool, typer.Option(help="Compare gradients too; they need most of the memory.")] = True,
+) -> None:
+    """Check that logits, final state and gradients are the same however the tokens are fed; exit 1 if they are not."""
+    place = parse_device(device)
+    if model is None:
+        models = tiny_models(parse_dtype(dtype) or torch.float32, place)
+    else:
+        models = {model: mambalm.load(model, dtype=parse_dtype(dtype), device=place)}
+    failed = False
+    for name, network in models.items():
+        checks = run_checks(network, seed=seed, gradients=gradients)
+        Console().print(_table(f"{name}, {str(network.dtype).removeprefix('torch.')}, {network.device}", checks))
+        failed |= not all(check.passed for check in checks)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _table(title: str, checks: Sequence[Check]) -> Table:
+    table = Table("form", *QUANTITIES, "result", title=f"{title}: relative error (allowed)")
+    for form in dict.fromkeys(check.form for check in checks):
+        found = {check.quantity: check for check in checks if check.form == form}
+        cells = [_cell(found.get(quantity)) for quantity in QUANTITIES]
+        passed = all(check.passed for check in found.values())
+        table.add_row(form, *cells, "[green]equal[/]" if passed else "[red]FAILED[/]")
+    table.add_row("split over ranks", *["-"] * len(QUANTITIES), "not built")
+    return table
+
+
+def _cell(check: Check | None) -> str:
+    if check is None:
+        return "not run"
+    text = f"{check.error:.1e} ({check.allowed:.1e})"
+    return text if check.passed else f"[red]{text}, worst: {check.worst}[/]"

@@ -1,0 +1,1 @@
+"""Diagnostics: whether a model keeps the equalities, and what this machine would run."""

@@ -1,0 +1,84 @@
+"""What this machine has, and which backend each op would run on, with the reason against the others."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from mambalm import ops
+from mambalm.ops.backends import OPS
+
+CORE = ("mambalm", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "numba")
+OPTIONAL = ("triton", "peft", "bitsandbytes", "torchao", "datasets", "datatrove", "lm-eval", "lighteval", "fastapi")
+COMPILERS = ("cc", "gcc", "clang", "cl")
+NEEDS_COMPILER = "Triton's first launch and torch.compile on a CPU need a C compiler and Python's headers"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend of an op on a device: `reason` says why it cannot run there, None that it can; one is `chosen`."""
+
+    op: str
+    device: torch.device
+    name: str
+    reason: str | None
+    chosen: bool
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of every package that mambalm builds on; "not installed" where there is none."""
+    found = {"python": platform.python_version()}
+    for package in CORE + OPTIONAL:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def devices() -> dict[torch.device, str]:
+    """The devices that torch can use, each with a description."""
+    found = {torch.device("cpu"): f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        for index in range(torch.accelerator.device_count()):
+            device = torch.device(kind.type if kind else "cuda", index)
+            found[device] = _describe(device)
+    return found
+
+
+def compiler() -> str:
+    """The C compiler and Python's headers, and what does not work without them."""
+    path = next(filter(None, map(shutil.which, COMPILERS)), None)
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if path is None:
+        return f"none found (looked for {', '.join(COMPILERS)}). {NEEDS_COMPILER}"
+    if not header.exists():
+        return f"{path}, but {header} is missing. {NEEDS_COMPILER}"
+    return f"{path}, with Python's headers"
+
+
+def backends() -> Iterator[Backend]:
+    """Every backend of every op on one device of each kind; the first that can run is what automatic choice takes."""
+    kinds = {device.type: device for device in reversed(devices())}
+    for device in reversed(kinds.values()):
+        for op in OPS:
+            reasons = ops.explain(op, device=device)
+            chosen = next((name for name, reason in reasons.items() if reason is None), None)
+            for name, reason in reasons.items():
+                yield Backend(op, device, name, reason, chosen=name == chosen)
+
+
+def _describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
