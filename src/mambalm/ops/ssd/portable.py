@@ -64,18 +64,13 @@ class _Chunks:
     """A segment's inputs and decays."""
 
     x: Tensor  # (r, k, q, h, p)
+    inflow: Tensor  # the paper's discrete X = Δ x
     step: Tensor  # Δ (r, k, q, h)
     slope: Tensor  # its derivative by dt
     log_decay: Tensor  # Δ A (r, k, h, q)
     B: Tensor  # (r, k, g, q, n)
     C: Tensor
 
-    @property
-    def inflow(self) -> Tensor:
-        """The paper's discrete X = Δ x."""
-        return self.x * self.step[..., None]
-
-    @property
     def scores(self) -> Tensor:
         """C Bᵀ (r, k, g, 1, q, q), to be broadcast over the heads of a group."""
         return (self.C @ self.B.mT).unsqueeze(3)
@@ -176,7 +171,8 @@ def _load(scan: _Scan, segment: Segment) -> _Chunks:
         real = segment.real.view(*segment.shape, 1)
         step, slope = step * real, slope * real
     B, C = (segment.take(t, acc).transpose(2, 3) for t in (scan.B, scan.C))
-    return _Chunks(segment.take(scan.x, acc), step, slope, (step * scan.A).transpose(2, 3).contiguous(), B, C)
+    x = segment.take(scan.x, acc)
+    return _Chunks(x, x * step[..., None], step, slope, (step * scan.A).transpose(2, 3).contiguous(), B, C)
 
 
 def _pass_on(added: Tensor, decay: Tensor, state: Tensor, order: Iterable[int]) -> Tensor:
@@ -194,14 +190,14 @@ def _pass_on(added: Tensor, decay: Tensor, state: Tensor, order: Iterable[int]) 
 def _outputs(chunks: _Chunks, D: Tensor | None, entering: Tensor) -> Tensor:
     """C h + D x (r, k, q, h, p), from the states (r, k, h, p, n) that enter the chunks."""
     y = _carried(chunks, entering)
-    attention = (chunks.within() * chunks.scores).flatten(2, 3)
+    attention = chunks.within().mul_(chunks.scores()).flatten(2, 3)
     y += (attention @ chunks.inflow.transpose(2, 3)).transpose(2, 3)
     return y if D is None else y.addcmul_(chunks.x, D)
 
 
 def _carried(chunks: _Chunks, entering: Tensor) -> Tensor:
     """The outputs' part that comes from the states entering the chunks."""
-    return chunks.into_heads(chunks.C @ chunks.rows(entering).mT) * chunks.from_start()[..., None]
+    return chunks.into_heads(chunks.C @ chunks.rows(entering).mT).mul_(chunks.from_start()[..., None])
 
 
 def forward(*arguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
@@ -312,18 +308,18 @@ def _chunk_gradients(
     # Between chunks: the outputs read the state that enters, the inflow adds to the state that leaves.
     dC = chunks.into_groups(dy * from_start) @ chunks.rows(entering)
     dB = chunks.into_groups(inflow * to_end) @ chunks.rows(leaving)
-    dinflow = chunks.into_heads(chunks.B @ chunks.rows(leaving).mT) * to_end
+    dinflow = chunks.into_heads(chunks.B @ chunks.rows(leaving).mT).mul_(to_end)
     reads = (dy * _carried(chunks, entering)).sum(-1)  # (r, k, q, h)
     writes = (inflow * dinflow).sum(-1)
-    # Within chunks: masked attention.
-    decays = chunks.within()
-    dattention = (dy.transpose(2, 3) @ inflow.permute(0, 1, 3, 4, 2)).view_as(decays).mul_(decays)
-    dscores = dattention.sum(3)
+    # Within chunks: masked attention, the scores C Bᵀ times the decays.
+    attention = chunks.within()
+    dattention = (dy.transpose(2, 3) @ inflow.permute(0, 1, 3, 4, 2)).view_as(attention)
+    dscores = (dattention * attention).sum(3)
+    attention.mul_(chunks.scores())
     dC += dscores @ chunks.B
     dB += dscores.mT @ chunks.C
-    scores = chunks.scores
-    dinflow += ((decays * scores).flatten(2, 3).mT @ dy.transpose(2, 3)).transpose(2, 3)
-    pairs = (dattention * scores).flatten(2, 3)  # (r, k, h, q, q): what j gives to i, weighed by i's gradient
+    dinflow += (attention.flatten(2, 3).mT @ dy.transpose(2, 3)).transpose(2, 3)
+    pairs = dattention.mul_(attention).flatten(2, 3)  # (r, k, h, q, q): what j gives to i, weighed by i's gradient
     passed = (entering * leaving).sum((-1, -2)) * chunks.through()
     dlog_decay = _crossing(pairs) + _crossing_ends(reads, writes) + passed[:, :, None]
     return dinflow, dB.transpose(2, 3), dC.transpose(2, 3), dlog_decay
