@@ -1,0 +1,161 @@
+"""The public causal convolution: checks, dispatch, custom op with fake, autograd."""
+
+import torch
+from torch import Tensor
+
+from mambalm.ops import backends, checks
+from mambalm.ops.causal_conv1d import reference
+
+_OP = "causal_conv1d"
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A depthwise causal convolution: each channel with its own filter, over the inputs up to now.
+
+    With x_{-1}, x_{-2}, ... taken from the initial state::
+
+        y_t = activation(bias + Σ_j weight_j x_{t-(k-1)+j}),   j = 0 .. k-1
+
+    Args:
+        x: input (b, l, d).
+        weight: filters, the current input's weight last (d, k), as ``nn.Conv1d`` keeps them in (d, 1, k).
+        bias: (d).
+        activation: None, or "silu" (also called "swish").
+        initial_state: the last k-1 inputs, oldest first, (b, d, k-1), or (s, d, k-1) with cu_seqlens; zero if None.
+        cu_seqlens: int32 offsets (s + 1) of the documents packed into one row (b = 1), from 0 to l. No document sees
+            inputs of another. Empty documents are legal.
+        return_final_state: return the final state too.
+        backend: one of ``mambalm.ops.backends.NAMES``; None leaves the choice to ``use_backend`` and the library.
+
+    Returns:
+        y (b, l, d) in x's dtype; with return_final_state also the last k-1 inputs, (b, d, k-1) or (s, d, k-1), in x's
+        dtype; after fewer inputs than that, they begin with the newest of the initial state. Every argument but
+        cu_seqlens has a gradient, and gradients flow through the final state. Arithmetic is float32, float64 for a
+        float64 x.
+
+    Raises:
+        ValueError, TypeError: a shape, device, dtype or activation does not fit; the message names it.
+        BackendError: the backend asked for cannot run the call.
+    """
+    _check(x, weight, bias, activation, initial_state, cu_seqlens)
+    silu = activation is not None
+    name = backends.requested(backend)
+    tensors = (x, weight, bias, initial_state)
+    if name == "reference":
+        y, final_state = reference.causal_conv1d(x, weight, bias, silu, initial_state, cu_seqlens)
+    elif backends.is_plain(*tensors, cu_seqlens):
+        module = backends.choose(_call(x, weight, cu_seqlens), name)
+        with backends.exact(x.device):
+            y, final_state = module.forward(x, weight, bias, silu, initial_state, cu_seqlens)
+    else:
+        y, final_state = _forward(x, weight, bias, silu, initial_state, cu_seqlens, name)
+    return (y, final_state) if return_final_state else y
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    checks.dims(_OP, "x", x, 3, "b, l, d")
+    checks.dims(_OP, "weight", weight, 2, "d, k")
+    b, l, d = x.shape
+    k = weight.shape[1]
+    if k == 0:
+        raise ValueError(f"{_OP}: weight must have at least one tap, got shape {tuple(weight.shape)}")
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"{_OP}: activation must be None, 'silu' or 'swish', got {activation!r}")
+    checks.shape(_OP, "weight", weight, (d, k), "d, k")
+    checks.shape(_OP, "bias", bias, (d,), "d")
+    checks.offsets(_OP, cu_seqlens, b, l)
+    rows, letter = (b, "b") if cu_seqlens is None else (cu_seqlens.shape[0] - 1, "s")
+    checks.shape(_OP, "initial_state", initial_state, (rows, d, k - 1), f"{letter}, d, k-1")
+    checks.same_device(_OP, x=x, weight=weight, bias=bias, initial_state=initial_state)
+
+
+def _call(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> backends.Call:
+    sizes = {"b": x.shape[0], "l": x.shape[1], "d": x.shape[2], "k": weight.shape[1]}
+    if cu_seqlens is not None:
+        sizes["s"] = cu_seqlens.shape[0] - 1
+    return backends.Call(_OP, x.device, x.dtype, sizes)
+
+
+@torch.library.custom_op("mambalm::causal_conv1d", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """y and the final state."""
+    module = backends.choose(_call(x, weight, cu_seqlens), backend)
+    with backends.exact(x.device):
+        return module.forward(x, weight, bias, silu, initial_state, cu_seqlens)
+
+
+@_forward.register_fake
+def _(x, weight, bias, silu, initial_state, cu_seqlens, backend):  # type: ignore[no-untyped-def]
+    (b, _, d), k = x.shape, weight.shape[1]
+    rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), x.new_empty(rows, d, k - 1)
+
+
+@torch.library.custom_op("mambalm::causal_conv1d_backward", mutates_args=())
+def _backward(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> list[Tensor]:
+    """The gradients of x, weight, bias and initial_state; an absent one's is an empty tensor."""
+    module = backends.choose(_call(x, weight, cu_seqlens), backend)
+    dy = torch.zeros_like(x) if dy is None else dy
+    with backends.exact(x.device):
+        gradients = module.backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens)
+    wanted = (x, weight, bias, initial_state)
+    return [x.new_empty(0) if t is None else g.to(t.dtype).contiguous() for t, g in zip(wanted, gradients, strict=True)]
+
+
+@_backward.register_fake
+def _(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, backend):  # type: ignore[no-untyped-def]
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state)]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.silu, initial_state, cu_seqlens, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dy, dfinal_state):  # type: ignore[no-untyped-def]
+    x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
+    dx, dweight, dbias, dinitial = _backward(
+        dy, dfinal_state, x, weight, bias, ctx.silu, initial_state, cu_seqlens, ctx.backend
+    )
+    dbias = None if bias is None else dbias
+    dinitial = None if initial_state is None else dinitial
+    return dx, dweight, dbias, None, dinitial, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

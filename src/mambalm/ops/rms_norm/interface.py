@@ -1,0 +1,166 @@
+"""The public normalisation: checks, dispatch, custom op with fake, autograd."""
+
+import torch
+from torch import Tensor
+
+from mambalm.ops import backends, checks
+from mambalm.ops.rms_norm import reference
+
+_OP = "rms_norm"
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    gate: Tensor | None = None,
+    group_size: int | None = None,
+    residual: Tensor | None = None,
+    residual_in_fp32: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Divide by the root mean square over the channels (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    With h = x, h = x silu(gate), or the residual stream h = x + residual::
+
+        y = weight h / sqrt(mean(h²) + eps)
+
+    Args:
+        x: (..., d).
+        weight: (d); one if None.
+        eps: added to the mean square.
+        gate: (..., d), applied before the normalisation, as Mamba-2 does (arXiv:2405.21060). Excludes a residual.
+        group_size: take the mean over each group of that many neighbouring channels; None: over all d.
+        residual: the residual stream so far (..., d).
+        residual_in_fp32: keep the residual stream in float32 (float64 for a float64 x) instead of residual's dtype.
+        backend: one of ``mambalm.ops.backends.NAMES``; None leaves the choice to ``use_backend`` and the library.
+
+    Returns:
+        y (..., d) in x's dtype. Given a residual or residual_in_fp32, (y, r) with the new residual stream
+        r = x + residual (..., d), which is x where the residual is None; y is made from r as it is kept, after
+        rounding. Every tensor has a gradient. Arithmetic is float32, float64 for a float64 x.
+
+    Raises:
+        ValueError, TypeError: a shape, device or dtype does not fit, or gate and residual are both given; the message
+            names the argument.
+        BackendError: the backend asked for cannot run the call.
+    """
+    group_size = _check(x, weight, gate, group_size, residual, residual_in_fp32)
+    acc = backends.accumulation_dtype(x.dtype)
+    stream_dtype = acc if residual_in_fp32 or residual is None else residual.dtype
+    name = backends.requested(backend)
+    arguments = (x, weight, gate, residual, eps, group_size, stream_dtype)
+    if name == "reference":
+        y, stream = reference.rms_norm(*arguments)
+    elif backends.is_plain(x, weight, gate, residual):
+        module = backends.choose(_call(x, group_size), name)
+        with backends.exact(x.device):
+            y, stream = module.forward(*arguments)
+    else:
+        y, stream = _forward(*arguments, name)
+    if residual is not None:
+        return y, stream
+    return (y, x.to(acc)) if residual_in_fp32 else y
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    group_size: int | None,
+    residual: Tensor | None,
+    residual_in_fp32: bool,
+) -> int:
+    """The number of channels in a group."""
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{_OP}: x must have shape (..., d) with at least one channel, got {tuple(x.shape)}")
+    d = x.shape[-1]
+    group_size = d if group_size is None else group_size
+    if group_size < 1 or d % group_size:
+        raise ValueError(f"{_OP}: the {d} channels of x cannot be split into groups of group_size {group_size}")
+    if gate is not None and (residual is not None or residual_in_fp32):
+        raise ValueError(f"{_OP}: gate excludes residual and residual_in_fp32; add the residual before, or norm twice")
+    checks.shape(_OP, "weight", weight, (d,), "d")
+    checks.shape(_OP, "gate", gate, x.shape, "..., d")
+    checks.shape(_OP, "residual", residual, x.shape, "..., d")
+    checks.same_device(_OP, x=x, weight=weight, gate=gate, residual=residual)
+    return group_size
+
+
+def _call(x: Tensor, group_size: int) -> backends.Call:
+    d = x.shape[-1]
+    return backends.Call(_OP, x.device, x.dtype, {"l": x.numel() // d, "d": d, "g": d // group_size})
+
+
+@torch.library.custom_op("mambalm::rms_norm", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    group_size: int,
+    stream_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """y and the residual stream, which is empty without a residual."""
+    module = backends.choose(_call(x, group_size), backend)
+    with backends.exact(x.device):
+        return module.forward(x, weight, gate, residual, eps, group_size, stream_dtype)
+
+
+@_forward.register_fake
+def _(x, weight, gate, residual, eps, group_size, stream_dtype, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape, dtype=stream_dtype)
+
+
+@torch.library.custom_op("mambalm::rms_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor | None,
+    dstream: Tensor | None,
+    source: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    group_size: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    """The gradients of source (in ``dtype``), weight and gate; an absent one's is an empty tensor."""
+    module = backends.choose(_call(source, group_size), backend)
+    dy = torch.zeros_like(source) if dy is None else dy
+    with backends.exact(source.device):
+        gradients = module.backward(dy, dstream, source, weight, gate, eps, group_size)
+    dtypes = (dtype, weight if weight is None else weight.dtype, gate if gate is None else gate.dtype)
+    return [source.new_empty(0) if g is None else g.to(t).contiguous() for g, t in zip(gradients, dtypes, strict=True)]
+
+
+@_backward.register_fake
+def _(dy, dstream, source, weight, gate, eps, group_size, dtype, backend):  # type: ignore[no-untyped-def]
+    rest = [source.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, gate)]
+    return [source.new_empty(source.shape, dtype=dtype), *rest]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, gate, residual, ctx.eps, ctx.group_size, _, ctx.backend = inputs
+    ctx.dtypes = (x.dtype, x.dtype if residual is None else residual.dtype)
+    ctx.has_residual = residual is not None
+    # x and the residual are not kept: their sum, which the next block keeps anyway, says all.
+    ctx.save_for_backward(output[1] if ctx.has_residual else x, weight, gate)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dy, dstream):  # type: ignore[no-untyped-def]
+    source, weight, gate = ctx.saved_tensors
+    dx_dtype, dresidual_dtype = ctx.dtypes
+    dtype = torch.promote_types(dx_dtype, dresidual_dtype)
+    dstream = dstream if ctx.has_residual else None
+    dsource, dweight, dgate = _backward(dy, dstream, source, weight, gate, ctx.eps, ctx.group_size, dtype, ctx.backend)
+    dweight = None if weight is None else dweight
+    dgate = None if gate is None else dgate
+    dresidual = dsource.to(dresidual_dtype) if ctx.has_residual else None
+    return dsource.to(dx_dtype), dweight, dgate, dresidual, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
