@@ -1,0 +1,383 @@
+"""What the model families share: the stack of blocks, the language-model head, and what transformers expects of both.
+
+A family adds its config class and the layer that it puts into a block; everything else is here, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from mambalm.layers import Attention, Block, GatedMLP, Mamba, Mamba2, RMSNorm
+from mambalm.layers.state import State
+from mambalm.models.cache import StateCache, new_cache, read_cache, write_cache
+from mambalm.models.padding import Packing, find_packing
+from mambalm.models.quantized import plain_step_projections, with_default_skips
+from mambalm.ops import linear_cross_entropy
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class BackboneOutput(ModelOutput):
+    """What a backbone returns.
+
+    Attributes:
+        last_hidden_state: (b, l, d), after the final norm; zero at padding.
+        cache_params: the new `State` if one was given, else the cache; None without `use_cache`.
+        hidden_states: on request, the residual stream after each block, then `last_hidden_state`.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    cache_params: State | Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class CausalLMOutput(ModelOutput):
+    """What a language model returns; see `BackboneOutput` for the last two.
+
+    Attributes:
+        loss: mean cross-entropy of the next token, when labels are given.
+        logits: (b, l, v) float32, or fewer positions with `logits_to_keep`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cache_params: State | Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class MambaBlock(GradientCheckpointingLayer, Block):
+    """`Block` as transformers recomputes, places and shards it."""
+
+
+class MambalmPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, for every family."""
+
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    # Trainer hands over the number of tokens of all accumulated batches, and the loss is divided by it.
+    accepts_loss_kwargs = True
+    _no_split_modules: ClassVar[list[str]] = ["MambaBlock"]
+    _is_stateful = True
+
+    @staticmethod
+    def make_block(config: PreTrainedConfig, layer_idx: int) -> MambaBlock:
+        """The block of one layer: what makes a family."""
+        raise NotImplementedError("a family defines make_block")
+
+    @staticmethod
+    def make_norm(config: PreTrainedConfig) -> nn.Module:
+        """A norm over the residual stream."""
+        return RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers' generic values, which a mixer then replaces by its own: it comes after the modules inside it.
+        super()._init_weights(module)
+        if isinstance(module, Mamba | Mamba2 | Attention | GatedMLP):
+            rescale = getattr(self.config, "rescale_prenorm_residual", False)
+            module.reset_parameters(self.residual_branches if rescale else 1)
+
+    @property
+    def residual_branches(self) -> int:
+        """How many outputs are added up in the residual stream."""
+        return self.config.num_hidden_layers
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`; quantisers leave x_proj, dt_proj, conv1d, embeddings and head as they are.
+
+        A quantisation config that names the modules to skip itself is taken as it is.
+        """
+        if quantization_config is not None:
+            kwargs["quantization_config"] = with_default_skips(quantization_config)
+        return super().from_pretrained(*args, **kwargs)
+
+
+class MambalmModel(MambalmPreTrainedModel):
+    """The stack of blocks between the embeddings and the final norm."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(self.make_block(config, index) for index in range(config.num_hidden_layers))
+        self.norm_f = self.make_norm(config)
+        self.gradient_checkpointing = False
+        plain_step_projections(self)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings."""
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
+        self.embeddings = value
+
+    def init_state(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> State:
+        """The state before the first token; `dtype` is that of the activations, by default the parameters'."""
+        layers = tuple(layer.init_state(batch_size, dtype=dtype, device=device) for layer in self.layers)
+        position = torch.zeros(batch_size, dtype=torch.int64, device=device or self.embeddings.weight.device)
+        return State(layers, position)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cache_params: State | Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        packing: Packing | None = None,
+        **unused: Any,
+    ) -> tuple[Any, ...] | BackboneOutput:
+        """Read tokens on from a state.
+
+        Args:
+            input_ids, inputs_embeds: (b, l) or (b, l, d), one of them.
+            cache_params: what was read before. A `State` stays as it is and the new one is in the output,
+                differentiable; a transformers `Cache` is updated in place, without gradient.
+            use_cache: return the state; a cache is made if none was given. By default outside training.
+            output_hidden_states: return the residual stream after each block as well.
+            attention_mask: (b, m), m ≥ l; 0 marks padding, on any side. A row of padding keeps its state.
+            position_ids: (b, l), read only for where documents begin; see `find_packing`.
+            cu_seqlens: (s+1), offsets of documents packed into one row; the state then has s rows.
+            packing: where the documents are, for a caller that knows; the three before are not read then.
+
+        Raises:
+            TypeError: an argument that has no meaning here.
+            ValueError: shapes that do not fit; the message names the tensor.
+        """
+        _refuse(unused)
+        tokens = _one_of(input_ids, inputs_embeds)
+        shape = (tokens.shape[0], tokens.shape[1])
+        if packing is None:
+            packing = find_packing(
+                shape, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens
+            )
+        if use_cache is None:
+            use_cache = cache_params is not None or (self.config.use_cache and not self.training)
+        if use_cache and cache_params is None:
+            cache_params = new_cache(self.config)
+        state = self._state(cache_params, shape[0] if packing is None else len(packing.cu_seqlens) - 1)
+        tokens = tokens if packing is None else packing.gather(tokens)
+        x, state, streams = self._run(tokens, state, packing, cache_params is not None, output_hidden_states)
+        if isinstance(cache_params, Cache):
+            write_cache(cache_params, state)
+        cache = (cache_params if isinstance(cache_params, Cache) else state) if use_cache else None
+        hidden = None if streams is None else (*streams, x)
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return tuple(value for value in (x, cache, hidden) if value is not None)
+        return BackboneOutput(last_hidden_state=x, cache_params=cache, hidden_states=hidden)
+
+    def _state(self, given: State | Cache | None, rows: int) -> State | None:
+        """The state to read on from, checked against the number of rows (of packed documents)."""
+        state = given if given is None or isinstance(given, State) else read_cache(given)
+        if state is None:
+            return None
+        if len(state.layers) != len(self.layers):
+            raise ValueError(f"the state has {len(state.layers)} layers, the model {len(self.layers)}")
+        if state.batch_size != rows:
+            raise ValueError(
+                f"the state has {state.batch_size} rows and the input {rows} (packed documents count as rows): "
+                "choose rows with state.index(rows), or pass no state"
+            )
+        return state
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        state: State | None,
+        packing: Packing | None,
+        return_state: bool,
+        output_hidden_states: bool | None,
+    ) -> tuple[torch.Tensor, State | None, list[torch.Tensor] | None]:
+        """The blocks and the final norm, on tokens as they lie packed; the results lie as the batch does."""
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        x = tokens if tokens.is_floating_point() else self.embeddings(tokens)
+        collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        streams: list[torch.Tensor] = []
+        after = []
+        for index, layer in enumerate(self.layers):
+            before = None if state is None else state.layers[index]
+            if return_state:
+                x, new = layer(x, before, cu_seqlens=cu_seqlens, return_state=True)
+                after.append(new)
+            else:
+                x = layer(x, before, cu_seqlens=cu_seqlens)
+            if collect:
+                streams.append(x if packing is None else packing.scatter(x))
+        x = self.norm_f(x.to(self.norm_f.weight.dtype))
+        new_state = State(tuple(after), _position(tokens, state, packing)) if return_state else None
+        return x if packing is None else packing.scatter(x), new_state, streams if collect else None
+
+
+class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
+    """A backbone with a language-model head, tied to the embeddings if the config says so."""
+
+    backbone_class: type[MambalmModel]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "backbone.embeddings.weight"}
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.backbone = self.backbone_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
+        self.backbone.set_input_embeddings(value)
+
+    def init_state(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> State:
+        """The state before the first token; `dtype` is that of the activations, by default the parameters'."""
+        return self.backbone.init_state(batch_size, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cache_params: State | Cache | None = None,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Any, ...] | CausalLMOutput:
+        """Logits of the next tokens; see `MambalmModel.forward` for the arguments that are not listed.
+
+        Args:
+            labels: (b, l), the tokens themselves: they are shifted here. -100 and padding are ignored, and so is each
+                document's first token, which nothing before it predicts.
+            logits_to_keep: compute the logits of the last so many positions (0: all), or of these positions.
+            num_items_in_batch: divide the sum of the losses by this instead of by the number of labels.
+        """
+        tokens = _one_of(input_ids, inputs_embeds)
+        shape = (tokens.shape[0], tokens.shape[1])
+        packing = find_packing(shape, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens)
+        outputs = self.backbone(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            packing=packing,
+            **unused,
+        )
+        hidden = outputs.last_hidden_state
+        logits = self.lm_head(_keep(hidden, logits_to_keep)).float()
+        loss = None if labels is None else self._loss(hidden, labels, packing, num_items_in_batch)
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            rest = (outputs.cache_params, outputs.hidden_states)
+            return tuple(value for value in (loss, logits, *rest) if value is not None)
+        return CausalLMOutput(
+            loss=loss, logits=logits, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
+        )
+
+    def _loss(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        packing: Packing | None,
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> torch.Tensor:
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels is {tuple(labels.shape)}, expected the input's {tuple(hidden.shape[:2])}")
+        labels = labels.to(hidden.device)
+        if packing is not None:
+            hidden, labels = packing.gather(hidden), packing.targets(labels, IGNORE_INDEX)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        if type(self.lm_head) is nn.Linear:
+            weight, bias = self.lm_head.weight, self.lm_head.bias
+            loss = linear_cross_entropy(
+                hidden, weight, labels, bias=bias, ignore_index=IGNORE_INDEX, shift=True, reduction=reduction
+            )
+        else:
+            # The weight alone is not what an adapted or quantised head computes with.
+            logits = self.lm_head(hidden[:, :-1]).float().flatten(0, 1)
+            loss = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' own, but a step behind the prompt gets no mask: its one token is real in every row."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if kwargs.get("use_cache") and not is_first_iteration:
+            inputs["attention_mask"] = None
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        # `generate` keeps one cache object and reorders it in place, which a State, being a value, is not for.
+        cache = model_kwargs.get("cache_params")
+        if isinstance(cache, State):
+            model_kwargs["cache_params"] = StateCache(cache)
+        elif cache is None and generation_config.use_cache is not False:
+            model_kwargs["cache_params"] = new_cache(self.config)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def check_activation(config: PreTrainedConfig) -> None:
+    """Refuse an activation that the layers do not compute.
+
+    Raises:
+        ValueError: hidden_act is neither "silu" nor "swish", its other name.
+    """
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={config.hidden_act!r} is not supported: every Mamba model uses 'silu'")
+
+
+def _one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    return inputs_embeds if input_ids is None else input_ids  # type: ignore[return-value]
+
+
+def _refuse(unused: dict[str, Any]) -> None:
+    # transformers and PEFT pass arguments of attention models along, unset: only a set one would be lost.
+    named = sorted(name for name, value in unused.items() if value is not None and value is not False)
+    if named:
+        raise TypeError(
+            f"these arguments have no meaning for a Mamba model: {', '.join(named)}. "
+            "Packed documents are given by cu_seqlens or position_ids, states by cache_params"
+        )
+
+
+def _position(tokens: torch.Tensor, state: State | None, packing: Packing | None) -> torch.Tensor:
+    """Tokens that each row has read after these."""
+    if packing is not None:
+        read = packing.lengths
+    else:
+        read = torch.full((tokens.shape[0],), tokens.shape[1], dtype=torch.int64, device=tokens.device)
+    return read if state is None else state.position.to(read.device) + read
+
+
+def _keep(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    if logits_to_keep.dim() != 1:
+        raise ValueError(f"logits_to_keep is {tuple(logits_to_keep.shape)}, expected a number or positions (n)")
+    return hidden[:, logits_to_keep]

@@ -1,0 +1,46 @@
+"""What quantisers of transformers (bitsandbytes, torchao) leave alone in a Mamba model, unless they are told.
+
+The step projection steers an exponential and x_proj feeds it; both are small, so quantising them saves little and costs
+much. The convolution, the embeddings and the head stay in the checkpoint's dtype too.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from mambalm.layers.mamba import Mamba, StepProjection
+
+DEFAULT_SKIPS = ("conv1d", "dt_proj", "embeddings", "lm_head", "x_proj")
+# How the quantisation configs of transformers call the list of modules to leave alone.
+_SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+def with_default_skips(quantization_config: Any) -> Any:
+    """A copy of a quantisation config that leaves `DEFAULT_SKIPS` alone; itself if it names what to skip."""
+    for name in _SKIP_LISTS:
+        if getattr(quantization_config, name, ()) is None:
+            quantization_config = copy.deepcopy(quantization_config)
+            setattr(quantization_config, name, list(DEFAULT_SKIPS))
+    return quantization_config
+
+
+def plain_step_projections(model: nn.Module) -> None:
+    """Make every dt_proj a plain Linear if the config's quantisation covers it: quantisers replace only those.
+
+    So checkpoints that stock transformers quantised whole, dt_proj included, load.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return
+    values = config if isinstance(config, dict) else vars(config)
+    skipped = [name for key in _SKIP_LISTS for name in values.get(key) or ()]
+    if any("dt_proj" in name for name in skipped):
+        return
+    for module in model.modules():
+        if isinstance(module, Mamba) and isinstance(module.dt_proj, StepProjection):
+            old = module.dt_proj.weight
+            rank, channels = module.dt_rank, module.d_inner
+            module.dt_proj = nn.Linear(rank, channels, device=old.device, dtype=old.dtype)
