@@ -52,7 +52,7 @@ class CausalConv1d(nn.Conv1d):
         Returns:
             y (b, l, d), and the last k - 1 inputs (b, d, k - 1).
         """
-        return causal_conv1d(
+        y, final_state = causal_conv1d(
             x,
             self.weight.squeeze(1),
             self.bias,
@@ -62,6 +62,7 @@ class CausalConv1d(nn.Conv1d):
             return_final_state=True,
             backend=self.backend,
         )
+        return y, final_state
 
     def init_state(self, batch_size: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
         """Zero inputs (b, d, k - 1), by default in the weight's dtype and on its device."""
