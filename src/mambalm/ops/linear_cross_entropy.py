@@ -211,8 +211,10 @@ def _forward(
     the time. Losses one by one have a factor each: their gradients are made in the backward.
     """
     with backends.exact(x.device):
-        losses, *gradients = _evaluate(x, weight, labels, bias, ignore_index, z_loss, chunk_size, factors, None, wanted)
-    return (losses.sum() if summed else losses, *gradients)
+        losses, dx, dweight, dbias = _evaluate(
+            x, weight, labels, bias, ignore_index, z_loss, chunk_size, factors, None, wanted
+        )
+    return losses.sum() if summed else losses, dx, dweight, dbias
 
 
 @_forward.register_fake
@@ -258,6 +260,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, labels, bias, *ctx.options, ctx.summed, ctx.wanted = inputs
     ctx.dtypes = (x.dtype, weight.dtype, bias if bias is None else bias.dtype)
     ctx.save_for_backward(*(output[1:] if ctx.summed else (x, weight, labels, bias)))
+    ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, dlosses, *_):  # type: ignore[no-untyped-def]

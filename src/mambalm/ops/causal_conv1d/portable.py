@@ -1,7 +1,7 @@
 """The causal convolution in plain torch on any device: one pass over the inputs per tap.
 
-All documents, packed or batched, lie behind one another in one long row, each behind the k - 1 inputs of its state. No
-tap reaches further back than that, so one convolution over the long row serves them all and nothing leaks.
+Every document, a row of the batch or a part of a packed row, is laid behind the k - 1 inputs of its state. No tap
+reaches further back than that, so one convolution over such a row serves all documents in it, and nothing leaks.
 """
 
 from typing import NamedTuple
@@ -19,49 +19,67 @@ def supports(call: Call) -> str | None:
 
 
 class _Places(NamedTuple):
-    """Where things lie in the long row."""
+    """Where things lie along the second axis of the laid-out rows (b, r, d): slices of a batch, indices when packed."""
 
-    tokens: Tensor
-    """(b l)"""
-    initial: Tensor
-    """(s, k-1): the inputs before each document's first"""
-    final: Tensor
-    """(s, k-1): its last inputs, which for a short document begin in its initial state"""
+    tokens: slice | Tensor
+    outputs: slice | Tensor
+    """the same, in what the convolution leaves: k - 1 earlier"""
+    initial: slice | Tensor
+    """the k - 1 inputs before each document's first"""
+    final: slice | Tensor
+    """its last k - 1 inputs, which for a short document begin in its initial state"""
+    documents: int
+    """in a row"""
 
 
 def _places(x: Tensor, k: int, cu_seqlens: Tensor | None) -> _Places:
-    b, l, _ = x.shape
-    edges = torch.arange(b + 1, device=x.device) * l if cu_seqlens is None else cu_seqlens.long()
+    l = x.shape[1]
+    if cu_seqlens is None:
+        return _Places(slice(k - 1, None), slice(None), slice(0, k - 1), slice(l, None), 1)
+    edges = cu_seqlens.long()
     document = torch.arange(len(edges) - 1, device=x.device)
-    taps = torch.arange(k - 1, device=x.device)
     # output_size spares a GPU the wait for the sum of the lengths.
-    document_of_token = document.repeat_interleave(edges.diff(), output_size=b * l)
-    return _Places(
-        tokens=torch.arange(b * l, device=x.device) + (document_of_token + 1) * (k - 1),
-        initial=(edges[:-1] + document * (k - 1))[:, None] + taps,
-        final=(edges[1:] + document * (k - 1))[:, None] + taps,
+    document_of_token = document.repeat_interleave(edges.diff(), output_size=l)
+    outputs = torch.arange(l, device=x.device) + document_of_token * (k - 1)
+    initial, final = (
+        ((edge + document * (k - 1))[:, None] + torch.arange(k - 1, device=x.device)).flatten()
+        for edge in (edges[:-1], edges[1:])
     )
+    return _Places(outputs + (k - 1), outputs, initial, final, len(edges) - 1)
 
 
-def _long_row(x: Tensor, initial_state: Tensor | None, places: _Places) -> Tensor:
-    """The inputs of all documents, each behind its state: (b l + s (k-1), d), in the dtype of the arithmetic."""
-    acc, channels = accumulation_dtype(x.dtype), x.shape[2]
-    row = x.new_zeros(places.tokens.numel() + places.initial.numel(), channels, dtype=acc)
-    row.index_copy_(0, places.tokens, x.reshape(-1, channels).to(acc))
+def _lay_out(x: Tensor, initial_state: Tensor | None, k: int, places: _Places) -> Tensor:
+    """Rows (b, r, d) of documents behind their states, in the dtype of the arithmetic."""
+    b, l, d = x.shape
+    rows = x.new_zeros(b, l + places.documents * (k - 1), d, dtype=accumulation_dtype(x.dtype))
+    rows[:, places.tokens] = x.to(rows.dtype)
     if initial_state is not None:
-        row[places.initial] = initial_state.transpose(1, 2).to(x.dtype).to(acc)
-    return row
+        rows[:, places.initial] = _end_to_end(initial_state.to(x.dtype), b, places)
+    return rows
 
 
-def _convolve(row: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y_t = bias + Σ_j weight_j row_{t+j} (r-k+1, d) of a row (r, d), wherever all k taps have an input."""
-    k = weight.shape[1]
-    width = max(row.shape[0] - (k - 1), 0)
-    y = row.new_zeros(width, row.shape[1])
+def _end_to_end(states: Tensor, b: int, places: _Places) -> Tensor:
+    """States (s, d, k-1) as rows hold them: (b, documents (k-1), d)."""
+    _, d, width = states.shape
+    return states.transpose(1, 2).reshape(b, places.documents * width, d)
+
+
+def _apart(rows: Tensor, k: int, places: _Places) -> Tensor:
+    """The inverse of ``_end_to_end``, in memory of its own."""
+    b, _, d = rows.shape
+    states = rows.reshape(b * places.documents, k - 1, d).transpose(1, 2)
+    return states.clone(memory_format=torch.contiguous_format)
+
+
+def _convolve(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y_t = bias + Σ_j weight_j rows_{t+j} (b, r-k+1, d), wherever all k taps have an input."""
+    (b, r, d), k = rows.shape, weight.shape[1]
+    width = max(r - (k - 1), 0)
+    y = rows.new_zeros(b, width, d)
     if bias is not None:
         y += bias
     for j in range(k):
-        y.addcmul_(row[j : j + width], weight[:, j].to(row.dtype))
+        y.addcmul_(rows[:, j : j + width], weight[:, j].to(rows.dtype))
     return y
 
 
@@ -76,11 +94,11 @@ def forward(
     """y (b, l, d) and the final state (s, d, k-1), both in x's dtype."""
     k = weight.shape[1]
     places = _places(x, k, cu_seqlens)
-    row = _long_row(x, initial_state, places)
-    y = _convolve(row, weight, bias).index_select(0, places.tokens - (k - 1))
+    rows = _lay_out(x, initial_state, k, places)
+    y = _convolve(rows, weight, bias)[:, places.outputs]
     if silu:
         y = F.silu(y, inplace=True)
-    return y.to(x.dtype).view(x.shape), row[places.final].to(x.dtype).transpose(1, 2).contiguous()
+    return y.to(x.dtype), _apart(rows[:, places.final], k, places).to(x.dtype)
 
 
 def backward(
@@ -94,18 +112,18 @@ def backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, bias and initial_state. What the activation needs is computed again, not kept."""
-    k, channels = weight.shape[1], x.shape[2]
+    (b, _, d), k = x.shape, weight.shape[1]
     places = _places(x, k, cu_seqlens)
-    row = _long_row(x, initial_state, places)
-    dout = dy.reshape(-1, channels).to(row.dtype)
+    rows = _lay_out(x, initial_state, k, places)
+    r = rows.shape[1]
+    dout = dy.to(rows.dtype)
     if silu:
-        before = _convolve(row, weight, bias).index_select(0, places.tokens - (k - 1))
-        dout = torch.ops.aten.silu_backward(dout, before)
+        dout = torch.ops.aten.silu_backward(dout, _convolve(rows, weight, bias)[:, places.outputs])
     # The transpose of a convolution is the convolution with the taps reversed, over k - 1 more zeros at the end.
-    spread = row.new_zeros(len(row) + k - 1, channels).index_copy_(0, places.tokens, dout)
-    drow = _convolve(spread, weight.flip(1))
+    spread = rows.new_zeros(b, r + k - 1, d)
+    spread[:, :r][:, places.tokens] = dout
+    drows = _convolve(spread, weight.flip(1))
     if dfinal_state is not None:
-        drow[places.final] += dfinal_state.transpose(1, 2)
-    dweight = torch.stack([(spread[k - 1 : k - 1 + len(row) - j] * row[j:]).sum(0) for j in range(k)], dim=1)
-    dx = drow.index_select(0, places.tokens).view(x.shape)
-    return dx, dweight, dout.sum(0), drow[places.initial].transpose(1, 2)
+        drows[:, places.final] += _end_to_end(dfinal_state, b, places)
+    dweight = torch.stack([(spread[:, k - 1 : k - 1 + r - j] * rows[:, j:]).sum((0, 1)) for j in range(k)], dim=1)
+    return drows[:, places.tokens], dweight, dout.sum((0, 1)), _apart(drows[:, places.initial], k, places)
