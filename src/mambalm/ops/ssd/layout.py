@@ -40,7 +40,7 @@ class Segment:
 class Block:
     """Documents of similar lengths, computed side by side."""
 
-    rows: Tensor  # (r): which documents
+    rows: Tensor | slice  # which documents
     segments: list[Segment]
 
 
@@ -65,7 +65,8 @@ def blocks(edges: Sequence[int], chunk: int, budget: int, device: torch.device) 
             _segment(begins, ends, begin * size, min(step, count - begin), size, device)
             for begin in range(0, count, step)
         ]
-        yield Block(torch.tensor(rows).to(device), segments)
+        neighbours = rows == list(range(rows[0], rows[0] + len(rows)))  # their states need no copy
+        yield Block(slice(rows[0], rows[0] + len(rows)) if neighbours else torch.tensor(rows).to(device), segments)
 
 
 def _segment(begins: Tensor, ends: Tensor, offset: int, chunks: int, size: int, device: torch.device) -> Segment:

@@ -9,7 +9,8 @@ No exponent is positive (for A < 0), and no sum of step sizes is the difference 
 small steps beside a large one to rounding.
 """
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,13 @@ class _Scan:
         widest = h * max(p, self.B.shape[2], self.chunk)
         elements = _SEGMENT_ELEMENTS.get(self.x.device.type, 1 << 26)
         return blocks(self.edges, self.chunk, elements // max(widest, 1), self.x.device)
+
+    def new_states(self, handed_on: Tensor) -> Tensor:
+        """Room for a state of each document; an empty document hands its own on as it is."""
+        states = torch.empty_like(handed_on, memory_format=torch.contiguous_format)
+        if empty := [row for row, (begin, end) in enumerate(itertools.pairwise(self.edges)) if begin == end]:
+            states[empty] = handed_on[empty]
+        return states
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ def _prepare(  # the interface's arguments
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[_Scan, Tensor]:
-    """The arguments flattened, and the states (b or s, h, p, n) that the documents start from."""
+    """The arguments flattened, and the states (b or s, h, p, n) that the documents start from, not to be written."""
     b, l, h, p = x.shape
     acc = accumulation_dtype(x.dtype)
     edges = [i * l for i in range(b + 1)] if cu_seqlens is None else cu_seqlens.tolist()
@@ -154,7 +162,7 @@ def _prepare(  # the interface's arguments
     )
     if initial_state is None:
         return scan, x.new_zeros((len(edges) - 1, h, p, B.shape[2]), dtype=acc)
-    return scan, initial_state.to(acc, copy=True, memory_format=torch.contiguous_format)
+    return scan, initial_state.to(acc)
 
 
 def _load(scan: _Scan, segment: Segment) -> _Chunks:
@@ -175,16 +183,19 @@ def _load(scan: _Scan, segment: Segment) -> _Chunks:
     return _Chunks(x, x * step[..., None], step, slope, (step * scan.A).transpose(2, 3).contiguous(), B, C)
 
 
-def _pass_on(added: Tensor, decay: Tensor, state: Tensor, order: Iterable[int]) -> Tensor:
-    """The recurrence between chunks, in ``order``: state = decay state + added.
+def _pass_on_(added: Tensor, decay: Tensor, state: Tensor, *, backwards: bool = False) -> tuple[Tensor, Tensor]:
+    """The recurrence between chunks, state = decay state + added: the states before each chunk, and the last.
 
-    ``added`` (r, k, h, p, n) is overwritten with the state before each chunk; the state after the last is returned.
+    ``added`` (r, k, h, p, n) is overwritten with the states after each chunk. Backwards, the chunks are taken from the
+    last to the first.
     """
-    for k in order:
-        after = torch.addcmul(added[:, k], decay[:, k, :, None, None], state)
-        added[:, k] = state
-        state = after
-    return state
+    edge, after = state.unsqueeze(1), list(added.unbind(1))
+    factors = list(decay[..., None, None].unbind(1))
+    for now, factor in list(zip(after, factors, strict=True))[:: -1 if backwards else 1]:
+        state = now.addcmul_(factor, state)
+    if len(after) == 1:
+        return edge, state
+    return torch.cat([added[:, 1:], edge] if backwards else [edge, added[:, :-1]], dim=1), state
 
 
 def _outputs(chunks: _Chunks, D: Tensor | None, entering: Tensor) -> Tensor:
@@ -202,41 +213,41 @@ def _carried(chunks: _Chunks, entering: Tensor) -> Tensor:
 
 def forward(*arguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
     """y, the final state and an empty tensor; arguments as in the interface."""
-    scan, states = _prepare(*arguments)
+    scan, initial = _prepare(*arguments)
+    final = scan.new_states(initial)
     y = torch.empty_like(arguments[0], memory_format=torch.contiguous_format)
     for block in scan.blocks():
-        state = states[block.rows]
+        state = initial[block.rows]
         for segment in block.segments:
             chunks = _load(scan, segment)
-            entering = chunks.added()
-            state = _pass_on(entering, chunks.through(), state, range(segment.shape[1]))
+            entering, state = _pass_on_(chunks.added(), chunks.through(), state)
             out = _outputs(chunks, scan.D, entering)
             if scan.z is not None:
                 out *= F.silu(segment.take(scan.z, out.dtype))
             segment.put(y, out)
-        states[block.rows] = state
-    return y, states, states.new_empty(0)
+        final[block.rows] = state
+    return y, final, final.new_empty(0)
 
 
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, segment by segment from the end."""
     *inputs, _ = arguments
-    scan, states = _prepare(*inputs)
-    # An empty document hands the gradient of its final state on; the others overwrite their row.
-    dstates = torch.zeros_like(states) if dfinal_state is None else dfinal_state.to(states.dtype, copy=True)
+    scan, initial = _prepare(*inputs)
+    dfinal = torch.zeros_like(initial) if dfinal_state is None else dfinal_state.to(initial.dtype)
+    dinitial = scan.new_states(dfinal)
     found = _Gradients(scan, dy, *inputs[:8])
     for block in scan.blocks():
-        state, starts = states[block.rows], []
+        state, starts = initial[block.rows], []
         for segment in block.segments:
             starts.append(state)
             if segment is not block.segments[-1]:
                 chunks = _load(scan, segment)
-                state = _pass_on(chunks.added(), chunks.through(), state, range(segment.shape[1]))
-        dstate = dstates[block.rows]
+                state = _pass_on_(chunks.added(), chunks.through(), state)[1].clone()
+        dstate = dfinal[block.rows]
         for segment in reversed(block.segments):
             dstate = found.segment(segment, starts.pop(), dstate)
-        dstates[block.rows] = dstate
-    return found.dx, found.ddt, found.dA, found.dB, found.dC, found.dD, found.dz, found.dbias, dstates
+        dinitial[block.rows] = dstate
+    return found.dx, found.ddt, found.dA, found.dB, found.dC, found.dD, found.dz, found.dbias, dinitial
 
 
 class _Gradients:
@@ -267,13 +278,12 @@ class _Gradients:
     def segment(self, segment: Segment, state: Tensor, dstate: Tensor) -> Tensor:
         """Account for a segment that ``state`` enters; from the gradient of the state after it to that of ``state``."""
         chunks = _load(self.scan, segment)
-        entering = chunks.added()
         through = chunks.through()
-        _pass_on(entering, through, state, range(segment.shape[1]))
+        entering, _ = _pass_on_(chunks.added(), through, state)
         dy = self._ungated(segment, chunks, entering)
         arriving = chunks.states(chunks.into_groups(dy * chunks.from_start()[..., None]).mT @ chunks.C)
-        dstate = _pass_on(arriving, through, dstate, reversed(range(segment.shape[1])))
-        dinflow, dB, dC, dlog_decay = _chunk_gradients(chunks, dy, entering, arriving)
+        leaving, dstate = _pass_on_(arriving, through, dstate, backwards=True)
+        dinflow, dB, dC, dlog_decay = _chunk_gradients(chunks, dy, entering, leaving)
         dx = dinflow * chunks.step[..., None]
         if self.scan.D is not None and self.dD is not None:
             dx.addcmul_(dy, self.scan.D)
