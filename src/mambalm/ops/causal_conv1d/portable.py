@@ -54,7 +54,7 @@ def _lay_out(x: Tensor, initial_state: Tensor | None, k: int, places: _Places) -
     rows = x.new_zeros(b, l + places.documents * (k - 1), d, dtype=accumulation_dtype(x.dtype))
     rows[:, places.tokens] = x.to(rows.dtype)
     if initial_state is not None:
-        rows[:, places.initial] = _end_to_end(initial_state.to(x.dtype), b, places)
+        rows[:, places.initial] = _end_to_end(initial_state.to(x.dtype), b, places).to(rows.dtype)
     return rows
 
 
