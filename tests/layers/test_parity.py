@@ -27,9 +27,8 @@ def mamba(**options: Any) -> tuple[nn.Module, nn.Module]:
 def falcon_mamba() -> tuple[nn.Module, nn.Module]:
     """As falcon-mamba-7b: an ``expand`` of 16 that does not count, the intermediate size does."""
     config = FalconMambaConfig(**SIZES, expand=16, intermediate_size=64, mixer_rms_eps=1e-3, time_step_rank=4)
-    config.intermediate_size = 64
     ours = Mamba(32, d_state=8, dt_rank=4, d_inner=64, bcdt_rms_eps=config.mixer_rms_eps)
-    return ours, FalconMambaMixer(config, layer_idx=0)
+    return ours, FalconMambaMixer(config, layer_idx=0, initialize_mixer_weights=False)
 
 
 def mamba2(groups: int, **options: Any) -> tuple[nn.Module, nn.Module]:
