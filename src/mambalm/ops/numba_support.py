@@ -1,0 +1,180 @@
+"""What the numba kernels share: mathematics that LLVM vectorises, bfloat16 in and out, threads.
+
+Errors, relative, against float64 over the whole range of float32 arguments that do not overflow: exp2 1.7e-7,
+softplus 4e-7, sigmoid 4e-7 (measured by tests/ops/test_numba_support.py).
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+f32 = np.float32
+LOG2_E = f32(1.4426950408889634)
+
+# Everything that keeps the value of a sum of products within rounding; no infinities or NaNs are assumed away.
+FAST = {"contract", "nsz", "arcp"}
+kernel = njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+# For functions that sum over channels: in any (fixed) order, which is what vectorises them. Never for those that call
+# exp2, whose rounding by adding and subtracting a constant would be simplified away; and never inlined as numba code,
+# because inlined code takes its caller's flags.
+sums = njit(nogil=True, cache=True, fastmath=FAST | {"reassoc"}, error_model="numpy")
+inline = njit(nogil=True, fastmath=FAST, error_model="numpy", inline="always")
+
+
+@intrinsic
+def _bits(context, value):  # type: ignore[no-untyped-def]
+    """A float32 as the int32 of the same bits."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def _from_bits(context, value):  # type: ignore[no-untyped-def]
+    """An int32 as the float32 of the same bits."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@inline
+def exp2(x):  # type: ignore[no-untyped-def]
+    """2^x: the whole part goes into the exponent by an integer addition, a polynomial takes the rest."""
+    x = min(max(x, f32(-126.0)), f32(127.0))
+    shifted = x + f32(12582912.0)  # 1.5 * 2^23: the low bits now hold x rounded
+    r = x - (shifted - f32(12582912.0))
+    p = f32(1.545316294512069e-4)
+    p = p * r + f32(1.3390863664672340e-3)
+    p = p * r + f32(9.618082557277852e-3)
+    p = p * r + f32(5.5503571142190780e-2)
+    p = p * r + f32(2.4022650760568126e-1)
+    p = p * r + f32(6.9314718802622880e-1)
+    p = p * r + f32(1.0)
+    return _from_bits(_bits(p) + ((_bits(shifted) - np.int32(0x4B400000)) << np.int32(23)))
+
+
+@inline
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + e^-x)."""
+    return f32(1.0) / (f32(1.0) + exp2(-x * LOG2_E))
+
+
+@inline
+def softplus(x):  # type: ignore[no-untyped-def]
+    """max(x, 0) + log1p(e^-|x|), the logarithm as a polynomial on [0, 1]."""
+    y = exp2(-abs(x) * LOG2_E)
+    p = f32(1.9866965936534606e-3)
+    p = p * y + f32(-1.3187826565578388e-2)
+    p = p * y + f32(4.1006573693958395e-2)
+    p = p * y + f32(-8.188040923582843e-2)
+    p = p * y + f32(1.2377995867871511e-1)
+    p = p * y + f32(-1.6087623009295732e-1)
+    p = p * y + f32(1.9885820285008451e-1)
+    p = p * y + f32(-2.4986496459409926e-1)
+    p = p * y + f32(3.3332497543526520e-1)
+    p = p * y + f32(-4.9999979491391230e-1)
+    p = p * y + f32(9.9999999915568230e-1)
+    return max(x, f32(0.0)) + p * y
+
+
+def widen(value):  # type: ignore[no-untyped-def]
+    """An activation as float32: bfloat16 travels as the uint16 of its bits."""
+    raise NotImplementedError("only inside kernels")
+
+
+def narrow(array, value):  # type: ignore[no-untyped-def]
+    """A float32 as an element of ``array``, rounded to nearest even for bfloat16."""
+    raise NotImplementedError("only inside kernels")
+
+
+@overload(widen, inline="always", jit_options={"fastmath": FAST})
+def _widen(value):  # type: ignore[no-untyped-def]
+    if isinstance(value, types.Float):
+        return lambda value: value
+    return lambda value: _from_bits(np.int32(np.uint32(value) << np.uint32(16)))
+
+
+@overload(narrow, inline="always", jit_options={"fastmath": FAST})
+def _narrow(array, value):  # type: ignore[no-untyped-def]
+    if isinstance(array.dtype, types.Float):
+        return lambda array, value: value
+
+    def rounded(array, value):  # type: ignore[no-untyped-def]
+        bits = np.uint32(_bits(value))
+        if value != value:
+            return np.uint16(0x7FC0)
+        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+    return rounded
+
+
+def rows(tensor: Tensor) -> tuple[np.ndarray, int]:
+    """A (..., d) tensor for a kernel: flat memory and the distance between rows; copied only if rows are irregular.
+
+    Element (row, channel) is at row * distance + channel. bfloat16 arrives as uint16.
+    """
+    width = tensor.shape[-1]
+    if tensor.stride(-1) != 1 and width > 1:
+        tensor = tensor.contiguous()
+    try:
+        flat = tensor.view(-1, width)
+    except RuntimeError:
+        flat = tensor.contiguous().view(-1, width)
+    if flat.shape[0] == 0:
+        return bits(flat.reshape(-1)), width
+    distance = flat.stride(0) if flat.shape[0] > 1 else width
+    return bits(flat.as_strided(((flat.shape[0] - 1) * distance + width,), (1,))), distance
+
+
+def bits(tensor: Tensor) -> np.ndarray:
+    """A tensor's memory as numpy: bfloat16 as uint16."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+_pool: tuple[int, int, ThreadPoolExecutor] | None = None
+
+
+def _workers(count: int) -> ThreadPoolExecutor:
+    """A pool of this process: threads do not outlive a fork, so a child makes its own."""
+    global _pool
+    if _pool is None or _pool[0] != os.getpid() or _pool[1] < count:
+        _pool = (os.getpid(), count, ThreadPoolExecutor(count, thread_name_prefix="mambalm"))
+    return _pool[2]
+
+
+def parallel(run: Callable[..., Any], jobs: int, work: int, arguments: Sequence[Any]) -> None:
+    """``run(first, last, *arguments)`` over 0..jobs on torch's number of threads; the kernel holds no lock.
+
+    ``work`` is the number of innermost updates: a small call stays on the caller's thread. Each job writes its own
+    outputs, so the result does not depend on the number of threads.
+    """
+    threads = min(torch.get_num_threads(), jobs)
+    if threads <= 1 or work < 100_000:
+        run(0, jobs, *arguments)
+        return
+    pieces = min(jobs, 4 * threads)
+    edges = [jobs * i // pieces for i in range(pieces + 1)]
+    ranges = iter(list(itertools.pairwise(edges)))
+
+    def drain() -> None:
+        for first, last in ranges:
+            run(first, last, *arguments)
+
+    others = [_workers(threads - 1).submit(drain) for _ in range(threads - 1)]
+    drain()
+    for other in others:
+        other.result()

@@ -1,0 +1,341 @@
+"""numba kernels of the selective scan; see cpu.py for what the arguments are.
+
+Within a job everything is (n, BLOCK) with the channels innermost, in local arrays that stay in the first-level cache;
+rows past the n states and channels past the width of the block are zero. The states are updated eight at a time, so
+that Δ, Δu and y are read once for eight.
+"""
+
+import numpy as np
+
+from mambalm.ops.numba_support import LOG2_E, exp2, f32, inline, kernel, narrow, sigmoid, softplus, sums, widen
+
+BLOCK = 128
+# Steps between the states that the forward keeps for the backward. Document i keeps its states from slot
+# offsets[i] // KEPT_EVERY + i on: slots of different documents never meet.
+KEPT_EVERY = 16
+
+
+@inline
+def _padded(n):  # type: ignore[no-untyped-def]
+    return (n + 7) // 8 * 8
+
+
+@inline
+def _locate(job, d, groups):  # type: ignore[no-untyped-def]
+    """The document, the group, the first channel and the number of channels of a job."""
+    per_group = d // groups
+    blocks = (per_group + BLOCK - 1) // BLOCK
+    document, block = job // (groups * blocks), job % (groups * blocks)
+    group, within = block // blocks, (block % blocks) * BLOCK
+    return document, group, block, group * per_group + within, min(BLOCK, per_group - within)
+
+
+@inline
+def _load_step(t, e, width, u, u_row, delta, delta_row, bias, soft, x, raw, step):  # type: ignore[no-untyped-def]
+    """u, delta + bias and Δ of a step into local rows."""
+    for j in range(width):
+        x[j] = widen(u[t * u_row + e + j])
+        raw[j] = widen(delta[t * delta_row + e + j]) + bias[e + j]
+    if soft:
+        for j in range(BLOCK):
+            step[j] = softplus(raw[j])
+    else:
+        for j in range(BLOCK):
+            step[j] = raw[j]
+
+
+@inline
+def _load_padded(t, group, matrix, row):  # type: ignore[no-untyped-def]
+    for i in range(matrix.shape[2]):
+        row[i] = matrix[t, group, i]
+
+
+@inline
+def _update(h, rate, step, inflow, y, b, c):  # type: ignore[no-untyped-def]
+    """h = exp(Δ A) h + Δ u B and y += C h for one step."""
+    for i in range(0, h.shape[0], 8):
+        b0, b1, b2, b3, b4, b5, b6, b7 = b[i], b[i + 1], b[i + 2], b[i + 3], b[i + 4], b[i + 5], b[i + 6], b[i + 7]
+        c0, c1, c2, c3, c4, c5, c6, c7 = c[i], c[i + 1], c[i + 2], c[i + 3], c[i + 4], c[i + 5], c[i + 6], c[i + 7]
+        for j in range(BLOCK):
+            s, v = step[j], inflow[j]
+            h0 = h[i + 0, j] * exp2(s * rate[i + 0, j]) + v * b0
+            h1 = h[i + 1, j] * exp2(s * rate[i + 1, j]) + v * b1
+            h2 = h[i + 2, j] * exp2(s * rate[i + 2, j]) + v * b2
+            h3 = h[i + 3, j] * exp2(s * rate[i + 3, j]) + v * b3
+            h4 = h[i + 4, j] * exp2(s * rate[i + 4, j]) + v * b4
+            h5 = h[i + 5, j] * exp2(s * rate[i + 5, j]) + v * b5
+            h6 = h[i + 6, j] * exp2(s * rate[i + 6, j]) + v * b6
+            h7 = h[i + 7, j] * exp2(s * rate[i + 7, j]) + v * b7
+            h[i + 0, j] = h0
+            h[i + 1, j] = h1
+            h[i + 2, j] = h2
+            h[i + 3, j] = h3
+            h[i + 4, j] = h4
+            h[i + 5, j] = h5
+            h[i + 6, j] = h6
+            h[i + 7, j] = h7
+            y[j] += ((h0 * c0 + h1 * c1) + (h2 * c2 + h3 * c3)) + ((h4 * c4 + h5 * c5) + (h6 * c6 + h7 * c7))
+
+
+@inline
+def _load_rates(rate, A, e, width, scale):  # type: ignore[no-untyped-def]
+    for j in range(width):
+        for i in range(A.shape[1]):
+            rate[i, j] = A[e + j, i] * scale
+
+
+@kernel
+def forward(  # type: ignore[no-untyped-def]
+    first,
+    last,
+    offsets,
+    u,
+    u_row,
+    delta,
+    delta_row,
+    z,
+    z_row,
+    gated,
+    soft,
+    A,
+    B,
+    C,
+    D,
+    bias,
+    initial,
+    y,
+    final,
+    save,
+    kept,
+):
+    """Jobs first..last: y and final, and the kept states if ``save``."""
+    d, n = A.shape
+    padded = _padded(n)
+    h, rate = np.zeros((padded, BLOCK), f32), np.zeros((padded, BLOCK), f32)
+    rows = np.zeros((5, BLOCK), f32)
+    x, raw, step, inflow, out = rows[0], rows[1], rows[2], rows[3], rows[4]
+    b, c = np.zeros(padded, f32), np.zeros(padded, f32)
+    for job in range(first, last):
+        document, group, _, e, width = _locate(job, d, B.shape[1])
+        begin, end = offsets[document], offsets[document + 1]
+        h[:] = f32(0)
+        rate[:] = f32(0)
+        rows[:] = f32(0)
+        _load_rates(rate, A, e, width, LOG2_E)
+        _load_rates(h, initial[document], e, width, f32(1))
+        for t in range(begin, end):
+            if save and (t - begin) % KEPT_EVERY == 0:
+                slot = begin // KEPT_EVERY + document + (t - begin) // KEPT_EVERY
+                for i in range(n):
+                    for j in range(width):
+                        kept[slot, i, e + j] = h[i, j]
+            _load_step(t, e, width, u, u_row, delta, delta_row, bias, soft, x, raw, step)
+            _load_padded(t, group, B, b)
+            _load_padded(t, group, C, c)
+            for j in range(BLOCK):
+                inflow[j] = step[j] * x[j]
+                out[j] = f32(0)
+            _update(h, rate, step, inflow, out, b, c)
+            for j in range(width):
+                out[j] += D[e + j] * x[j]
+            if gated:
+                for j in range(width):
+                    g = widen(z[t * z_row + e + j])
+                    out[j] *= g * sigmoid(g)
+            for j in range(width):
+                y[t * d + e + j] = narrow(y, out[j])
+        for j in range(width):
+            for i in range(n):
+                final[document, e + j, i] = h[i, j]
+
+
+@inline
+def _recompute(a, before, after, rate, step, inflow, y, b, c):  # type: ignore[no-untyped-def]
+    """The decays, the states after a step from those before it, and y += C h."""
+    for i in range(0, before.shape[0], 4):
+        b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
+        c0, c1, c2, c3 = c[i], c[i + 1], c[i + 2], c[i + 3]
+        for j in range(BLOCK):
+            s, v = step[j], inflow[j]
+            a0 = exp2(s * rate[i + 0, j])
+            a1 = exp2(s * rate[i + 1, j])
+            a2 = exp2(s * rate[i + 2, j])
+            a3 = exp2(s * rate[i + 3, j])
+            h0 = before[i + 0, j] * a0 + v * b0
+            h1 = before[i + 1, j] * a1 + v * b1
+            h2 = before[i + 2, j] * a2 + v * b2
+            h3 = before[i + 3, j] * a3 + v * b3
+            a[i + 0, j] = a0
+            after[i + 0, j] = h0
+            a[i + 1, j] = a1
+            after[i + 1, j] = h1
+            a[i + 2, j] = a2
+            after[i + 2, j] = h2
+            a[i + 3, j] = a3
+            after[i + 3, j] = h3
+            y[j] += (h0 * c0 + h1 * c1) + (h2 * c2 + h3 * c3)
+
+
+@sums
+def _step_back(g, a, before, after, A, step, inflow, dy, b, c, dA, dstep, dinflow, db, dc):  # type: ignore[no-untyped-def]
+    """One step of the recurrence backwards; g holds the gradient of the states, of this step and then of the last."""
+    for i in range(0, g.shape[0], 4):
+        b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
+        c0, c1, c2, c3 = c[i], c[i + 1], c[i + 2], c[i + 3]
+        db0, db1, db2, db3 = f32(0), f32(0), f32(0), f32(0)
+        dc0, dc1, dc2, dc3 = f32(0), f32(0), f32(0), f32(0)
+        for j in range(BLOCK):
+            s, v, w = step[j], inflow[j], dy[j]
+            g0 = g[i + 0, j] + c0 * w
+            dc0 += w * after[i + 0, j]
+            db0 += g0 * v
+            r0 = g0 * a[i + 0, j]
+            e0 = r0 * before[i + 0, j]
+            dA[i + 0, j] += e0 * s
+            g[i + 0, j] = r0
+            g1 = g[i + 1, j] + c1 * w
+            dc1 += w * after[i + 1, j]
+            db1 += g1 * v
+            r1 = g1 * a[i + 1, j]
+            e1 = r1 * before[i + 1, j]
+            dA[i + 1, j] += e1 * s
+            g[i + 1, j] = r1
+            g2 = g[i + 2, j] + c2 * w
+            dc2 += w * after[i + 2, j]
+            db2 += g2 * v
+            r2 = g2 * a[i + 2, j]
+            e2 = r2 * before[i + 2, j]
+            dA[i + 2, j] += e2 * s
+            g[i + 2, j] = r2
+            g3 = g[i + 3, j] + c3 * w
+            dc3 += w * after[i + 3, j]
+            db3 += g3 * v
+            r3 = g3 * a[i + 3, j]
+            e3 = r3 * before[i + 3, j]
+            dA[i + 3, j] += e3 * s
+            g[i + 3, j] = r3
+            dstep[j] += (e0 * A[i, j] + e1 * A[i + 1, j]) + (e2 * A[i + 2, j] + e3 * A[i + 3, j])
+            dinflow[j] += (g0 * b0 + g1 * b1) + (g2 * b2 + g3 * b3)
+        db[i], db[i + 1], db[i + 2], db[i + 3] = db0, db1, db2, db3
+        dc[i], dc[i + 1], dc[i + 2], dc[i + 3] = dc0, dc1, dc2, dc3
+
+
+@inline
+def _through_gate(t, e, width, dout, dout_row, z, z_row, gated, y, dy, dz, dz_row):  # type: ignore[no-untyped-def]
+    """dy and dz of a step from the gradient of the output."""
+    for j in range(width):
+        dy[j] = widen(dout[t * dout_row + e + j])
+    if gated:
+        for j in range(width):
+            v = widen(z[t * z_row + e + j])
+            s = sigmoid(v)
+            dz[t * dz_row + e + j] = narrow(dz, dy[j] * y[j] * s * (f32(1) + v * (f32(1) - s)))
+            dy[j] *= v * s
+
+
+@kernel
+def backward(  # type: ignore[no-untyped-def]
+    first,
+    last,
+    dout,
+    dout_row,
+    dfinal,
+    kept,
+    offsets,
+    u,
+    u_row,
+    delta,
+    delta_row,
+    z,
+    z_row,
+    gated,
+    soft,
+    A,
+    B,
+    C,
+    D,
+    bias,
+    initial,
+    du,
+    ddelta,
+    dz,
+    dA,
+    dB,
+    dC,
+    dD,
+    dbias,
+    dinitial,
+):
+    """Jobs first..last: all gradients; a document's share of dA, dD, dbias, a block's share of dB and dC."""
+    d, n = A.shape
+    padded = _padded(n)
+    rates, plain = np.zeros((padded, BLOCK), f32), np.zeros((padded, BLOCK), f32)
+    g, sum_A = np.zeros((padded, BLOCK), f32), np.zeros((padded, BLOCK), f32)
+    h = np.zeros((KEPT_EVERY + 1, padded, BLOCK), f32)
+    a = np.zeros((KEPT_EVERY, padded, BLOCK), f32)
+    x, raw, step, inflow, y = (
+        np.zeros((KEPT_EVERY, BLOCK), f32),
+        np.zeros((KEPT_EVERY, BLOCK), f32),
+        np.zeros((KEPT_EVERY, BLOCK), f32),
+        np.zeros((KEPT_EVERY, BLOCK), f32),
+        np.zeros((KEPT_EVERY, BLOCK), f32),
+    )
+    dy, dstep, dinflow = np.zeros(BLOCK, f32), np.zeros(BLOCK, f32), np.zeros(BLOCK, f32)
+    sum_D, sum_bias = np.zeros(BLOCK, f32), np.zeros(BLOCK, f32)
+    b, c, db, dc = np.zeros(padded, f32), np.zeros(padded, f32), np.zeros(padded, f32), np.zeros(padded, f32)
+    for job in range(first, last):
+        document, group, block, e, width = _locate(job, d, B.shape[1])
+        begin, end = offsets[document], offsets[document + 1]
+        for local in (rates, plain, g, sum_A, h[0], x, raw, step):
+            local[:] = f32(0)
+        for local in (dy, sum_D, sum_bias):
+            local[:] = f32(0)
+        _load_rates(rates, A, e, width, LOG2_E)
+        _load_rates(plain, A, e, width, f32(1))
+        _load_rates(g, dfinal[document], e, width, f32(1))
+        for chunk in range((end - begin + KEPT_EVERY - 1) // KEPT_EVERY - 1, -1, -1):
+            start = begin + chunk * KEPT_EVERY
+            length = min(KEPT_EVERY, end - start)
+            slot = begin // KEPT_EVERY + document + chunk
+            for i in range(n):
+                for j in range(width):
+                    h[0, i, j] = kept[slot, i, e + j]
+            for k in range(length):
+                t = start + k
+                _load_step(t, e, width, u, u_row, delta, delta_row, bias, soft, x[k], raw[k], step[k])
+                _load_padded(t, group, B, b)
+                _load_padded(t, group, C, c)
+                for j in range(BLOCK):
+                    inflow[k, j] = step[k, j] * x[k, j]
+                    y[k, j] = f32(0)
+                _recompute(a[k], h[k], h[k + 1], rates, step[k], inflow[k], y[k], b, c)
+                for j in range(width):
+                    y[k, j] += D[e + j] * x[k, j]
+            for k in range(length - 1, -1, -1):
+                t = start + k
+                _through_gate(t, e, width, dout, dout_row, z, z_row, gated, y[k], dy, dz, d)
+                _load_padded(t, group, B, b)
+                _load_padded(t, group, C, c)
+                for j in range(BLOCK):
+                    dstep[j] = f32(0)
+                    dinflow[j] = f32(0)
+                _step_back(g, a[k], h[k], h[k + 1], plain, step[k], inflow[k], dy, b, c, sum_A, dstep, dinflow, db, dc)
+                for i in range(n):
+                    dB[block, t, i] = db[i]
+                    dC[block, t, i] = dc[i]
+                for j in range(width):
+                    sum_D[j] += dy[j] * x[k, j]
+                    du[t * d + e + j] = narrow(du, dinflow[j] * step[k, j] + dy[j] * D[e + j])
+                    dstep[j] += dinflow[j] * x[k, j]
+                if soft:
+                    for j in range(width):
+                        dstep[j] *= sigmoid(raw[k, j])
+                for j in range(width):
+                    sum_bias[j] += dstep[j]
+                    ddelta[t * d + e + j] = narrow(ddelta, dstep[j])
+        for j in range(width):
+            dD[document, e + j] = sum_D[j]
+            dbias[document, e + j] = sum_bias[j]
+            for i in range(n):
+                dA[document, e + j, i] = sum_A[i, j]
+                dinitial[document, e + j, i] = g[i, j]

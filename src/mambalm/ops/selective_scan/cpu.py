@@ -1,0 +1,134 @@
+"""The selective scan on a CPU, by numba: a block of channels keeps its states in cache and walks through time.
+
+Batches are packed documents of equal length, so there is one path: a job is (document, block of channels).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mambalm.ops.backends import Call
+from mambalm.ops.numba_support import parallel, rows
+from mambalm.ops.selective_scan import _numba_kernels as kernels
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def supports(call: Call) -> str | None:
+    """float32, bfloat16 and float16 on a CPU."""
+    if call.device.type != "cpu":
+        return f"it runs on a CPU, the tensors are on {call.device.type}"
+    if call.dtype not in _DTYPES:
+        return f"it computes in float32, the tensors are {call.dtype}"
+    return None
+
+
+def checkpoint_shape(call: Call) -> tuple[int, ...]:
+    """A state every KEPT_EVERY steps of each document, (slots, n, d); slots as in ``_numba_kernels``."""
+    b, l = call.sizes["b"], call.sizes["l"]
+    return (b * l // kernels.KEPT_EVERY + call.sizes.get("s", b), call.sizes["n"], call.sizes["d"])
+
+
+def _activation(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype in which the kernel reads: bfloat16 if all activations are, else float32."""
+    return torch.bfloat16 if all(t is None or t.dtype == torch.bfloat16 for t in tensors) else torch.float32
+
+
+def _float(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().to(torch.float32).contiguous().numpy()
+
+
+class _Inputs:
+    """The arguments as a kernel reads them."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        b, l, d = u.shape
+        self.n, self.groups = A.shape[1], B.shape[2]
+        if cu_seqlens is None:
+            self.offsets = np.arange(b + 1, dtype=np.int64) * l
+        else:
+            self.offsets = cu_seqlens.numpy().astype(np.int64)
+        self.documents = len(self.offsets) - 1
+        self.read = _activation(u, delta, z)
+        none = torch.empty(0, 1, dtype=self.read)
+        self.activations = [rows(none if t is None else t.to(self.read)) for t in (u, delta, z)]
+        self.flags = (z is not None, delta_softplus)
+        absent = np.zeros(d, np.float32)
+        self.parameters = (
+            _float(A),
+            _float(B),
+            _float(C),
+            absent if D is None else _float(D),
+            absent if delta_bias is None else _float(delta_bias),
+        )
+        shape = (self.documents, d, self.n)
+        self.initial = np.zeros(shape, np.float32) if initial_state is None else _float(initial_state)
+        self.blocks = -(-d // self.groups // kernels.BLOCK)  # of a group
+        self.jobs = self.documents * self.groups * self.blocks
+        self.work = b * l * d * self.n
+
+    def leading(self) -> tuple[object, ...]:
+        flat = [part for pair in self.activations for part in pair]
+        b, c = (t.reshape(-1, self.groups, self.n) for t in self.parameters[1:3])
+        return (self.offsets, *flat, *self.flags, self.parameters[0], b, c, *self.parameters[3:], self.initial)
+
+
+def forward(*arguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    """y, the final state and, if ``save``, the states that the backward starts from; arguments as in the interface."""
+    inputs = _Inputs(*arguments)
+    u, A = arguments[0], arguments[2]
+    y = torch.empty(u.shape, dtype=inputs.read)
+    final_state = torch.empty(inputs.documents, *A.shape)
+    slots = inputs.offsets[-1] // kernels.KEPT_EVERY + inputs.documents if save else 0
+    kept = torch.zeros(slots, A.shape[1], A.shape[0])
+    outputs = (rows(y)[0], final_state.numpy(), save, kept.numpy())
+    parallel(kernels.forward, inputs.jobs, inputs.work, (*inputs.leading(), *outputs))
+    return y.to(u.dtype), final_state, kept if save else torch.empty(0)
+
+
+def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state.
+
+    Sums over channels are taken per block, then over the blocks; sums over documents per document, then over them:
+    the order is fixed, so the result does not depend on the number of threads.
+    """
+    *given, kept = arguments
+    inputs = _Inputs(*given)
+    u, _, A, B, _, D, z, delta_bias, _, initial_state, _ = given
+    (l, d), n, s = (u.shape[0] * u.shape[1], u.shape[2]), A.shape[1], inputs.documents
+    du, ddelta, dz = (torch.empty(u.shape, dtype=inputs.read) for _ in range(3))
+    dB, dC = (torch.zeros(inputs.groups * inputs.blocks, l, n) for _ in range(2))
+    dA, dinitial = torch.empty(s, d, n), torch.empty(s, d, n)
+    dD, dbias = torch.empty(s, d), torch.empty(s, d)
+    dfinal = np.zeros((s, d, n), np.float32) if dfinal_state is None else _float(dfinal_state)
+    outputs = (*(rows(t)[0] for t in (du, ddelta, dz)), *(t.numpy() for t in (dA, dB, dC, dD, dbias, dinitial)))
+    leading = (*rows(dy.to(inputs.read)), dfinal, kept.numpy(), *inputs.leading())
+    parallel(kernels.backward, inputs.jobs, inputs.work, (*leading, *outputs))
+
+    def over_blocks(t: Tensor) -> Tensor:
+        return t.view(inputs.groups, inputs.blocks, l, n).sum(1).transpose(0, 1).reshape(B.shape)
+
+    return (
+        du,
+        ddelta,
+        dA.sum(0),
+        over_blocks(dB),
+        over_blocks(dC),
+        None if D is None else dD.sum(0),
+        None if z is None else dz,
+        None if delta_bias is None else dbias.sum(0),
+        None if initial_state is None else dinitial,
+    )

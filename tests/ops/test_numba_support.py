@@ -1,0 +1,115 @@
+"""The mathematics of the numba kernels: stated errors, NaN, bfloat16 rounding, threads after a fork."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from mambalm.ops import numba_support as support
+
+
+@njit
+def _map(function, x, out):  # type: ignore[no-untyped-def]
+    for i in range(x.size):
+        out[i] = function(x[i])
+
+
+@njit
+def _round_trip(x, halves, back):  # type: ignore[no-untyped-def]
+    for i in range(x.size):
+        halves[i] = support.narrow(halves, x[i])
+        back[i] = support.widen(halves[i])
+
+
+def evaluate(name: str, x: np.ndarray) -> np.ndarray:
+    out = np.empty_like(x)
+    _map(getattr(support, name), x, out)
+    return out
+
+
+EXACT = {
+    "exp2": (np.exp2, -126.0, 127.0),
+    "softplus": (lambda x: np.logaddexp(0, x), -80.0, 80.0),
+    "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), -80.0, 80.0),
+}
+ERRORS = {"exp2": 1.7e-7, "softplus": 4e-7, "sigmoid": 4e-7}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_stated_relative_errors(name: str) -> None:
+    function, low, high = EXACT[name]
+    generator = np.random.default_rng()
+    x = np.concatenate([np.linspace(low, high, 20_001), generator.uniform(-2, 2, 20_000)]).astype(np.float32)
+    expected = function(x.astype(np.float64))
+    # Where the exponent itself is rounded (x log2 e for |x| up to 80) the error of the result grows with |x|.
+    slack = ERRORS[name] + (0 if name == "exp2" else 1.2e-7 * np.abs(x))
+    assert (np.abs(evaluate(name, x) / expected - 1) <= slack).all()
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_nan_stays_nan(name: str) -> None:
+    assert np.isnan(evaluate(name, np.array([np.nan], np.float32))).all()
+
+
+def test_extremes_do_not_wrap() -> None:
+    x = np.array([-1e30, -200, 200, 1e30], np.float32)
+    assert (evaluate("exp2", x)[:2] <= 2.0**-126).all()
+    assert (evaluate("exp2", x)[2:] >= 2.0**127).all()
+    np.testing.assert_allclose(evaluate("softplus", x), [0, 0, 200, 1e30], atol=1e-37, rtol=1e-6)
+
+
+def test_bfloat16_rounds_as_torch() -> None:
+    x = torch.cat(
+        [torch.randn(4096) * 10.0 ** torch.randint(-30, 30, (4096,)), torch.tensor([0.0, torch.inf, -torch.inf])]
+    )
+    halves, back = np.empty(x.numel(), np.uint16), np.empty(x.numel(), np.float32)
+    _round_trip(x.numpy(), halves, back)
+    assert torch.equal(torch.from_numpy(back), x.bfloat16().float())
+    _round_trip(np.array([np.nan], np.float32), halves, back)
+    assert np.isnan(back[0])
+
+
+def test_rows_of_a_strided_view_are_not_copied() -> None:
+    wide = torch.randn(2, 3, 10)
+    flat, distance = support.rows(wide[..., 4:9])
+    assert distance == 10
+    assert flat.ctypes.data == wide[..., 4:9].data_ptr()
+    assert flat[1 * distance + 2] == wide[0, 1, 6]
+    copied, distance = support.rows(wide.transpose(1, 2))
+    assert distance == 3
+    assert copied[distance + 2] == wide[0, 2, 1]
+
+
+def _fill(first: int, last: int, out: np.ndarray) -> None:
+    out[first:last] += 1
+
+
+def _child(queue: multiprocessing.Queue[int]) -> None:
+    out = np.zeros(64)
+    support.parallel(_fill, 64, 1 << 30, (out,))
+    queue.put(int(out.sum()))
+
+
+def test_every_job_runs_once_here_and_in_a_child() -> None:
+    torch.set_num_threads(max(2, torch.get_num_threads()))
+    out = np.zeros(64)
+    support.parallel(_fill, 64, 1 << 30, (out,))
+    assert (out == 1).all()
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == 64
+    child.join()
+
+
+def test_an_error_in_a_thread_reaches_the_caller() -> None:
+    def fail(first: int, last: int) -> None:
+        raise RuntimeError(f"job {first}")
+
+    with pytest.raises(RuntimeError, match="job"):
+        support.parallel(fail, 8, 1 << 30, ())
