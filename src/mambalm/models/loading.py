@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import GenerationConfig, PreTrainedModel
 
 from mambalm.models.falcon_mamba import FalconMambaForCausalLM
@@ -117,7 +117,7 @@ def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
             snapshot_download(name, allow_patterns=[pattern])
             if any(folder.glob(pattern)):
                 break
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(
             f"{name} is no folder here, and could not be had from the Hugging Face Hub nor from its cache "
             f"({str(error).strip().splitlines()[0]}): check the name, log in if it is private, or, offline, pass the "
@@ -165,5 +165,8 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return dtype
     found = getattr(torch, dtype.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype {dtype!r} is no floating-point dtype: use float32, bfloat16, float16 or float64")
+        raise ValueError(
+            f"dtype {dtype!r} is no floating-point dtype: use float32, bfloat16, float16 or float64, or None for the "
+            "file's own"
+        )
     return found

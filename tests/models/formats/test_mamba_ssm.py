@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Mamba2Config, MambaConfig
+from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 
 import mambalm
 from mambalm.models import HybridConfig
 from mambalm.models.formats import CheckpointError, mamba_ssm
 from mambalm.models.loading import convert
+from tests.helpers import relative_error
 from tests.models.formats.checkpoints import (
     ATTENTION,
     LAYOUTS,
     RAW,
     SIZES,
+    TOKENS,
     assert_same,
     logits,
     original_tensors,
@@ -57,6 +59,14 @@ def test_writes_back_every_bit(layout: str, via: str, tmp_path: Path) -> None:
     for key in ("vocab_size", "pad_vocab_size_multiple", "attn_layer_idx", "attn_cfg", "d_intermediate"):
         assert config[key] == (mamba_ssm.DEFAULTS | LAYOUTS[layout].raw)[key], key
     assert torch.equal(logits(mambalm.load(tmp_path / "back")), logits(mambalm.load(source)))
+
+
+@pytest.mark.parametrize("layout", ["mamba", "mamba2"])
+def test_stock_transformers_agrees_on_plain_models(layout: str, tmp_path: Path) -> None:
+    source = write_original(tmp_path / "a", LAYOUTS[layout].raw, original_tensors(LAYOUTS[layout].model()))
+    stock = AutoModelForCausalLM.from_pretrained(convert(source, tmp_path / "b"))
+    with torch.no_grad():
+        assert relative_error(logits(mambalm.load(source)), stock(TOKENS).logits) < 1e-5
 
 
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def config_to(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _raw_options(layer: str, values: Mapping[str, Any], d_model: int) -> dict[str, Any]:
-    """ssm_cfg without what mamba_ssm takes anyway, so that its first versions, which knew fewer names, read it too."""
+    """ssm_cfg of some options, without those that mamba_ssm takes anyway."""
     defaults = {key: option.default for key, option in OPTIONS[layer].items()} | HYBRID_ONLY
     options: dict[str, Any] = {} if layer == "Mamba1" else {"layer": layer}
     for key, value in values.items():

@@ -36,7 +36,8 @@ def read(source: Source) -> Checkpoint:
     if missing := [key for key in SIZES if key not in fields]:
         raise CheckpointError(
             f"config.json has model_type {kind!r} but lacks {', '.join(missing)}, for which transformers would "
-            "silently take its defaults: add them, or remove model_type if the other keys (d_model, n_layer) are mamba_ssm's"
+            "silently take its defaults: add them, or remove model_type if the other keys (d_model, n_layer) are "
+            "mamba_ssm's"
         )
     if "quantization_config" in fields:
         raise CheckpointError(
