@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mambalm.ops.backends import Call, choose
-from mambalm.ops.ssd import reference, ssd
+from mambalm.ops.ssd import layout, reference, ssd
 from tests.helpers import FLOAT32, assert_close, assert_no_worse, cu_seqlens, gradients, pieces, splits
 
 BACKENDS = ["portable", "reference"]
@@ -178,6 +179,34 @@ def test_portable_against_reference(
         assert_no_worse(found, gradients(scan("reference", offsets), args, weights), exact)
 
 
+@pytest.mark.parametrize(("b", "offsets"), [(1, None), (7, None), (1, [0, 90, 91, 93, 93, 200, 220, 300])])
+def test_several_segments_and_blocks(b: int, offsets: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So little room that documents are computed a few chunks at a time, and not all side by side."""
+    module = choose(Call("ssd", torch.device("cpu"), torch.float64), "portable")
+    monkeypatch.setitem(module._SEGMENT_ELEMENTS, "cpu", 4 * 16 * 48)  # h times a chunk's width times tokens
+    args = arguments(b, 300, g=2, rows=None if offsets is None else len(offsets) - 1)
+    weights = output_weights(args)
+    exact = gradients(scan("reference", offsets), args, weights)
+    assert_close(gradients(scan("portable", offsets), args, weights), exact, 1e-12)
+
+
+@given(offsets=st.integers(0, 200).flatmap(splits), chunk=st.integers(1, 70), budget=st.integers(0, 300))
+def test_layout_reads_every_token_once(offsets: list[int], chunk: int, budget: int) -> None:
+    """In order within a document, with little filling, and within the budget unless one chunk exceeds it."""
+    found: dict[int, list[int]] = {row: [] for row in range(len(offsets) - 1)}
+    places = 0
+    for block in layout.blocks(offsets, chunk, budget, torch.device("cpu")):
+        rows = torch.arange(len(found))[block.rows].tolist()
+        for segment in block.segments:
+            real = torch.ones(segment.shape).bool() if segment.real is None else segment.real.view(segment.shape)
+            for row, tokens, mask in zip(rows, segment.tokens.view(segment.shape), real, strict=True):
+                found[row] += tokens[mask].tolist()
+            assert segment.tokens.numel() <= max(budget, segment.shape[2])
+            places += segment.tokens.numel()
+    assert list(found.values()) == [list(range(i, j)) for i, j in pairwise(offsets)]
+    assert places <= 3 * offsets[-1]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_steps_beside_large_ones(backend: str) -> None:
     """Steps that erase the state next to steps that barely touch it: nothing overflows, nothing is lost."""
@@ -289,7 +318,21 @@ def test_custom_op_is_well_formed() -> None:
     torch.library.opcheck(torch.ops.mambalm.ssd.default, (*leaves, *options))
 
 
-def test_autocast_leaves_the_arithmetic_alone() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_arithmetic_alone(backend: str) -> None:
+    args = arguments(1, 40, dtype=torch.float32)
+    weights = output_weights(args)
+
+    def cast(**kwargs: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result: tuple[Tensor, Tensor] = scan(backend)(**kwargs)
+        return result
+
+    plain = gradients(scan(backend), args, weights)
+    assert_close(gradients(cast, args, weights), plain, tolerance=0)
+
+
+def test_autocast_around_the_backward_leaves_it_alone() -> None:
     args = arguments(1, 40, dtype=torch.float32)
     weights = output_weights(args)
     plain = gradients(scan("portable"), args, weights)

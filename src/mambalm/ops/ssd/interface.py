@@ -72,7 +72,8 @@ def ssd(
     tensors = (x, dt, A, B, C, D, z, dt_bias)
     rest = (dt_softplus, dt_min, dt_max, initial_state, cu_seqlens)
     if name == "reference":
-        y, final_state = reference.ssd(*tensors, *rest)
+        with backends.exact(x.device):
+            y, final_state = reference.ssd(*tensors, *rest)
     elif backends.is_plain(*tensors, initial_state, cu_seqlens):
         module = backends.choose(_call(x, B, cu_seqlens), name)
         with backends.exact(x.device):

@@ -47,8 +47,8 @@ class Block:
 def blocks(edges: Sequence[int], chunk: int, budget: int, device: torch.device) -> Iterator[Block]:
     """The non-empty documents between ``edges``, in blocks of ``budget`` tokens or of one chunk of one document.
 
-    The shortest document of a block has more than half the length of its longest: filling costs less than a factor
-    of two, and the number of blocks grows with the tokens and not with the documents.
+    The shortest document of a block has more than half the length of its longest: filling costs about a factor of two
+    at worst, and the number of blocks grows with the tokens and not with the documents.
     """
     lengths = [end - begin for begin, end in itertools.pairwise(edges)]
     order = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row])

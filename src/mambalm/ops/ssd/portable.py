@@ -22,7 +22,7 @@ from mambalm.ops.ssd.layout import Block, Segment, blocks
 
 _CHUNK = 64
 # Elements of a segment's largest tensors: on a CPU they should stay in cache, elsewhere they should fill the device.
-_SEGMENT_ELEMENTS = {"cpu": 1 << 20}
+_SEGMENT_ELEMENTS = {"cpu": 1 << 19}
 
 
 def supports(call: Call) -> str | None:
@@ -37,7 +37,7 @@ def checkpoint_shape(call: Call) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Scan:
-    """The arguments, (b, l, ...) flattened to (b l, ...)."""
+    """The arguments, (b, l, ...) flattened to (b l, ...): a view of any slice of a projection's output."""
 
     x: Tensor
     dt: Tensor
@@ -98,8 +98,8 @@ class _Chunks:
     def within(self) -> Tensor:
         """The paper's L: what is left at token i of what token j adds, (r, k, g, h / g, q, q), 0 for j > i."""
         q = self.log_decay.shape[-1]
-        below = torch.ones(q, q, dtype=torch.bool, device=self.log_decay.device).tril(-1)
-        sums = torch.where(below, self.log_decay[..., None], 0).cumsum(-2)
+        below = self.log_decay.new_ones(q, q).tril(-1)
+        sums = (below * self.log_decay[..., None]).cumsum_(-2)
         return sums.exp_().tril_().unflatten(2, (self.B.shape[2], -1))
 
     def into_groups(self, t: Tensor) -> Tensor:

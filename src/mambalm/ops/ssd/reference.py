@@ -38,7 +38,9 @@ def segsum(A: Tensor) -> Tensor:
     return sums.masked_fill(ones.triu(1), -math.inf)
 
 
-def listing1(X: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int = _CHUNK) -> tuple[Tensor, Tensor]:
+def listing1(
+    X: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, *, chunk: int = _CHUNK
+) -> tuple[Tensor, Tensor]:
     """Listing 1: Y (b, l, h, p) and the final state (b, h, p, n), quadratic within chunks, linear between them.
 
     X (b, l, h, p), A (b, l, h), B and C (b, l, h, n), the initial state (b, h, p, n). A length that is no multiple of
@@ -108,7 +110,7 @@ def ssd(
     states = x.new_zeros(rows, *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state.to(acc)
     per_document = [states] if cu_seqlens is None else states.split(1)
     outputs = [
-        listing1(*(t[:, i:j] for t in (X, log_decay, B, C)), state)
+        listing1(X[:, i:j], log_decay[:, i:j], B[:, i:j], C[:, i:j], state)
         for (i, j), state in zip(itertools.pairwise(edges), per_document, strict=False)
     ]
     y = torch.cat([y for y, _ in outputs], dim=1) if outputs else torch.zeros_like(x)
