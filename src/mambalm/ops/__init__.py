@@ -2,6 +2,20 @@
 
 from mambalm.ops.backends import BackendError, SlowBackendWarning, explain
 from mambalm.ops.backends import use as use_backend
+from mambalm.ops.causal_conv1d import causal_conv1d
+from mambalm.ops.linear_cross_entropy import linear_cross_entropy
+from mambalm.ops.rms_norm import rms_norm
 from mambalm.ops.selective_scan import selective_scan
+from mambalm.ops.ssd import ssd
 
-__all__ = ["BackendError", "SlowBackendWarning", "explain", "selective_scan", "use_backend"]
+__all__ = [
+    "BackendError",
+    "SlowBackendWarning",
+    "causal_conv1d",
+    "explain",
+    "linear_cross_entropy",
+    "rms_norm",
+    "selective_scan",
+    "ssd",
+    "use_backend",
+]
