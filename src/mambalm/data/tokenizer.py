@@ -1,0 +1,58 @@
+"""Byte-level byte-pair tokenizers that lose nothing: decoding gives every byte back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of at most ``vocab_size`` tokens.
+
+    Token 0 is ``<|endoftext|>``: it stands before every document and serves as beginning, end and padding.
+
+    Raises:
+        ValueError: the vocabulary has no room for the 256 bytes and the special token.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise ValueError(f"a byte-level vocabulary needs more than {len(alphabet)} tokens, got vocab_size={vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=sorted(alphabet), show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> np.ndarray:
+    """One stream of token ids, int64 (tokens): every text after the tokenizer's beginning-of-text token.
+
+    A special token spelled out in a text is read as text, so that a corpus that mentions it cannot end a document.
+    """
+    backend = tokenizer.backend_tokenizer
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    backend.encode_special_tokens = before
+    begin = [tokenizer.bos_token_id]
+    return np.concatenate([np.array(begin + encoding.ids, dtype=np.int64) for encoding in encodings])

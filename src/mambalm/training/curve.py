@@ -1,0 +1,47 @@
+"""The loss curve of a run as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mambalm.training.files import replacing
+
+
+def smoothed(values: Sequence[float], span: int) -> list[float]:
+    """Exponential moving averages over about ``span`` values, free of the bias of the first ones."""
+    keep = 1 - 1 / span
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        means.append(total / weight)
+    return means
+
+
+def plot_bits_per_byte(values: Sequence[float], tokens_per_step: int, lines: Mapping[str, float], path: Path) -> None:
+    """Draw the training loss over tokens, and other figures to compare it with as lines, into a PNG.
+
+    Args:
+        values: the loss of each step in bits per byte; at least one.
+        tokens_per_step: what each step read.
+        lines: bits per byte by name.
+        path: where to; replaced atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    tokens = [tokens_per_step * (step + 1) for step in range(len(values))]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(tokens, values, color="0.8", linewidth=0.6, label="training, each step")
+    axes.plot(tokens, smoothed(values, max(1, math.isqrt(len(values)))), color="C0", label="training, smoothed")
+    for number, (name, value) in enumerate(lines.items(), 1):
+        axes.axhline(value, color=f"C{number}", linestyle="--", label=f"{name}: {value:.3f}")
+    axes.set(xlabel="tokens", ylabel="bits per byte")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
