@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -136,16 +135,7 @@ def test_loaded_parameters_survive_a_reset() -> None:
     assert {name for name, value in found.items() if (value == 3).all()} == loaded.keys()
 
 
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield DeviceMesh("cpu", [0])
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("kind", RESETTABLE)
+@every_kind
 def test_dtensor(kind: str, mesh: DeviceMesh) -> None:
     """Sharded parameters get the values that whole ones get."""
     expected = reset(RESETTABLE[kind]())

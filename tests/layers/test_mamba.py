@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mambalm.layers import Mamba, Mamba2
 from mambalm.layers import mamba as mamba_module
-from mambalm.layers import mamba2 as mamba2_module
 from tests.helpers import FLOAT32, relative_error
 from tests.layers.cases import D_MODEL, build
 
@@ -123,58 +122,6 @@ def test_falcon_norms_act_in_every_path(training: bool) -> None:
         layer.x_proj.weight.mul_(10)
     assert relative_error(layer(x), expected) < FLOAT32
     assert relative_error(layer(x[:, :1], state), step) < FLOAT32
-
-
-class Recorder:
-    """Stands before an op and notes the dtypes of its arguments."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
-        self.op, self.arguments = getattr(module, name), ()
-        monkeypatch.setattr(module, name, self)
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        self.arguments = arguments
-        return self.op(*arguments, **options)
-
-    def dtypes(self, *indices: int) -> list[torch.dtype | None]:
-        found = [self.arguments[i] for i in indices]
-        return [None if tensor is None else tensor.dtype for tensor in found]
-
-
-def test_mamba_precision_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch, mamba_module, "selective_scan")
-    layer = build("mamba")
-    with torch.autocast("cpu", torch.bfloat16):
-        y, state = layer(torch.randn(2, 5, D_MODEL), return_state=True)
-    assert recorder.dtypes(0, 1, 3, 4, 6) == [torch.bfloat16] * 5
-    assert recorder.dtypes(2, 5, 7) == [torch.float32] * 3
-    assert y.dtype == torch.bfloat16
-    assert state.ssm.dtype == torch.float32
-    y.float().sum().backward()
-    assert all(parameter.grad is not None for parameter in layer.parameters())
-
-
-def test_mamba2_precision_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch, mamba2_module, "ssd")
-    layer = build("mamba2")
-    with torch.autocast("cpu", torch.bfloat16):
-        layer(torch.randn(2, 5, D_MODEL)).float().sum().backward()
-    assert recorder.dtypes(0, 1, 3, 4) == [torch.bfloat16] * 4
-    assert recorder.dtypes(2, 5, 7) == [torch.float32] * 3
-    assert all(parameter.grad is not None for parameter in layer.parameters())
-
-
-@pytest.mark.parametrize(("dtype", "left"), [(torch.bfloat16, None), (torch.float32, torch.float32)])
-def test_half_precision_step_projection_is_called_whole(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, left: torch.dtype | None
-) -> None:
-    recorder = Recorder(monkeypatch, mamba_module, "selective_scan")
-    layer = build("mamba").to(dtype)
-    layer(torch.randn(2, 5, D_MODEL, dtype=dtype))
-    assert recorder.dtypes(2, 5, 7) == [torch.float32, torch.float32, left]
-    delta = layer.dt_proj(torch.ones(1, layer.dt_rank, dtype=dtype))
-    whole = F.linear(torch.ones(1, layer.dt_rank, dtype=dtype), layer.dt_proj.weight, layer.dt_proj.bias)
-    assert torch.equal(delta, whole) == (left is None)
 
 
 def test_other_step_projection_keeps_its_bias() -> None:

@@ -36,8 +36,10 @@ class StepProjection(nn.Linear):
         return None if self.bias is None or self.bias.dtype in _HALF else self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dt_rank) -> (..., d)."""
-        return F.linear(x, self.weight, self.bias if self.scan_bias is None else None)
+        """(..., dt_rank) -> (..., d), in x's dtype: float32 weights may meet bfloat16 activations under FSDP2."""
+        if self.scan_bias is None:
+            return super().forward(x)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def full_precision(parameter: Tensor) -> Tensor:
