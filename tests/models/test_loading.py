@@ -54,6 +54,16 @@ def test_a_loaded_model_trains_and_leaves_the_file_alone(tmp_path: Path) -> None
     assert (source / "pytorch_model.bin").read_bytes() == before
 
 
+def test_a_loaded_model_can_be_saved_where_it_came_from(tmp_path: Path) -> None:
+    model = mambalm.load(convert(checkpoint(tmp_path / "a"), tmp_path / "b"))
+    with torch.no_grad():
+        model.backbone.norm_f.weight.mul_(2)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "b")
+    assert_same(model.state_dict(), expected)
+    assert_same(mambalm.load(tmp_path / "b").state_dict(), expected)
+
+
 def test_quantization_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"quantization='int4' is not available.*register\(\)"):
         mambalm.load(checkpoint(tmp_path), quantization="int4")
@@ -125,7 +135,9 @@ def test_a_checkpoint_can_be_converted_in_place(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not empty"):
         convert(source, source)
     convert(source, source, overwrite=True)
+    modes = {path.stat().st_mode for path in source.iterdir()}
     assert (source / "model.safetensors").exists()
+    assert len(modes) == 1, "every file is as readable as the others"
     assert_same(mambalm.load(source).state_dict(), expected)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
+import transformers
+from transformers import Mamba2Config, MambaConfig
 
 import mambalm
 from mambalm.models import HybridConfig
@@ -64,7 +65,8 @@ def test_writes_back_every_bit(layout: str, via: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["mamba", "mamba2"])
 def test_stock_transformers_agrees_on_plain_models(layout: str, tmp_path: Path) -> None:
     source = write_original(tmp_path / "a", LAYOUTS[layout].raw, original_tensors(LAYOUTS[layout].model()))
-    stock = AutoModelForCausalLM.from_pretrained(convert(source, tmp_path / "b"))
+    family = getattr(transformers, LAYOUTS[layout].family.__name__)
+    stock = family.from_pretrained(convert(source, tmp_path / "b"))
     with torch.no_grad():
         assert relative_error(logits(mambalm.load(source)), stock(TOKENS).logits) < 1e-5
 
@@ -144,6 +146,14 @@ def test_every_option_survives(options: dict, layer: str, tmp_path: Path) -> Non
     assert back["fused_add_norm"] is False
 
 
+def test_a_hybrid_of_ones_own_says_what_mamba_ssm_would_take_otherwise() -> None:
+    layers = {"ssm_cfg": {"layer": "Mamba2", "headdim": 16}, "attn_layer_idx": [0], "attn_cfg": {"num_heads": 2}}
+    raw = mamba_ssm.config_to(HybridConfig(**SIZES, **layers))
+    assert raw["ssm_cfg"] == {"layer": "Mamba2", "headdim": 16, "d_state": 64}
+    assert raw["attn_cfg"] == {"num_heads": 2, "causal": True}
+    assert (raw["vocab_size"], raw["pad_vocab_size_multiple"]) == (48, 8)
+
+
 def test_a_resized_vocabulary_is_written_as_it_is() -> None:
     config = mamba_ssm.config_from(RAW)
     config.vocab_size = 50
@@ -172,7 +182,10 @@ def test_special_tokens_are_kept(tmp_path: Path) -> None:
         ({"attn_layer_idx": [0], "attn_cfg": {"num_heads": 2}}, "causal"),
         ({"attn_layer_idx": [0], "attn_cfg": ATTENTION | {"rotary_emb_interleaved": True}}, "rotary_emb_interleaved"),
         ({"attn_layer_idx": [9], "attn_cfg": ATTENTION}, r"\[9\]"),
-        ({"d_model": "32"}, "d_model|hidden_size"),
+        ({"d_model": "32"}, "d_model '32'.*int"),
+        ({"attn_layer_idx": 3}, r"attn_layer_idx 3.*list"),
+        ({"attn_layer_idx": [0], "attn_cfg": ATTENTION | {"window": 4}}, "attn_cfg has window"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 48}}, "head_dim"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change: dict, message: str) -> None:
@@ -180,11 +193,11 @@ def test_what_is_not_supported_is_refused_by_name(change: dict, message: str) ->
         mamba_ssm.config_from(RAW | change)
 
 
-def test_an_unknown_attention_option_is_refused_by_name(tmp_path: Path) -> None:
+def test_sizes_that_build_no_model_are_refused(tmp_path: Path) -> None:
     layout = LAYOUTS["mamba2attn"]
-    raw = layout.raw | {"attn_cfg": ATTENTION | {"window": 4}}
+    raw = layout.raw | {"attn_cfg": ATTENTION | {"rotary_emb_dim": 7}}
     write_original(tmp_path, raw, original_tensors(layout.model()))
-    with pytest.raises(CheckpointError, match="window"):
+    with pytest.raises(CheckpointError, match=r"no model can be built.*rotary_emb_dim must be even"):
         mambalm.load(tmp_path)
 
 
@@ -196,6 +209,8 @@ def test_an_unknown_attention_option_is_refused_by_name(tmp_path: Path) -> None:
         (MambaConfig(**SIZES, intermediate_size=48), "intermediate_size"),
         (MambaConfig(**SIZES, sliding_window=3), "sliding_window"),
         (HybridConfig(**SIZES, layer_norm_epsilon=1e-6), "layer_norm_epsilon"),
+        (HybridConfig(**SIZES, ssm_cfg={"d_inner": 48}), "d_inner"),
+        (HybridConfig(**SIZES, attn_layer_idx=[0], attn_cfg={"num_heads": 2, "backend": "portable"}), "backend"),
     ],
 )
 def test_fields_without_a_counterpart_are_refused_by_name(config: MambaConfig, message: str) -> None:

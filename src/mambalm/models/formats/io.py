@@ -168,8 +168,11 @@ def write_safetensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_SIZE)
     for filename, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name].contiguous() for name in names}
-        save_file(shard, folder / filename, metadata={"format": "pt"})
+        shard, path = {name: tensors[name].contiguous() for name in names}, folder / filename
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors goes by way of a temporary file, which only its owner may read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
@@ -216,6 +219,8 @@ def written_whole(destination: Path, *, overwrite: bool = False) -> Iterator[Pat
 
 def _flush(path: Path) -> None:
     """Wait until a file or a folder's list of files is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such thing as opening a folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

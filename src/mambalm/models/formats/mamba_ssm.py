@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import GenerationConfig, Mamba2Config, MambaConfig, PreTrainedConfig
 
+from mambalm.layers import Mamba, Mamba2
 from mambalm.models.formats.checkpoint import EMBEDDINGS, HEAD, Checkpoint, assemble, make_config
 from mambalm.models.formats.io import CheckpointError, Source, read_tensors, write_json, write_torch
 from mambalm.models.hybrid import HybridConfig
@@ -76,6 +78,11 @@ SPEED = {"use_fast_path", "use_mem_eff_path", "sequence_parallel"}
 # Options of Mamba-2 that transformers lacks: of the first draw of the weights, and of what the layer computes.
 INITIAL = {"conv_init", "A_init_range"}
 HYBRID_ONLY = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
+LAYERS: dict[str, type] = {"Mamba1": Mamba, "Mamba2": Mamba2}
+ATTENTION = {
+    *("num_heads", "num_heads_kv", "head_dim", "mlp_dim", "qkv_proj_bias", "out_proj_bias", "softmax_scale", "causal"),
+    *("d_conv", "rotary_emb_dim", "rotary_emb_base", "rotary_emb_interleaved"),
+}
 
 # Fields of transformers that mamba_ssm fixes; those that are written elsewhere or change nothing the weights compute.
 FIXED = {"hidden_act": "silu", "layer_norm_epsilon": 1e-5, "rms_norm": True, "norm_before_gate": False}
@@ -146,6 +153,9 @@ def config_from(raw: Mapping[str, Any]) -> PreTrainedConfig:
     if unknown := raw.keys() - DEFAULTS.keys() - set(REQUIRED):
         raise CheckpointError(f"mamba_ssm has no {', '.join(sorted(unknown))} in its configuration: remove it")
     raw = {**DEFAULTS, **{key: value for key, value in raw.items() if value is not None}}
+    for key, value in raw.items():
+        if not isinstance(value, kind := type(DEFAULTS.get(key, 0))):
+            raise CheckpointError(f"mamba_ssm's configuration has {key} {value!r}: it must be of type {kind.__name__}")
     options = dict(raw["ssm_cfg"])
     layer = options.pop("layer", "Mamba1")
     _require_options(layer, options)
@@ -191,6 +201,15 @@ def _require_options(layer: str, options: Mapping[str, Any]) -> None:
         raise CheckpointError("ssm_cfg's norm_before_gate is true: only norms after the gate are built")
 
 
+def _require_attention(options: Mapping[str, Any]) -> None:
+    if unknown := options.keys() - ATTENTION:
+        raise CheckpointError(f"attn_cfg has {', '.join(sorted(unknown))}, which mamba_ssm does not know: remove it")
+    if options.get("rotary_emb_interleaved"):
+        raise CheckpointError("attn_cfg's rotary_emb_interleaved is true: only the rotation in halves is built")
+    if not options.get("causal"):
+        raise CheckpointError("attn_cfg's causal is false (mamba_ssm's default): a language model needs it true")
+
+
 def _is_plain(raw: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
     """Whether transformers' own configurations can say everything about the model."""
     return (
@@ -217,13 +236,10 @@ def _plain_fields(raw: Mapping[str, Any], layer: str, options: Mapping[str, Any]
 
 def _hybrid_fields(raw: Mapping[str, Any], layer: str, options: Mapping[str, Any]) -> Fields:
     """The same for mambalm's hybrid, which keeps mamba_ssm's names and values."""
-    attention = dict(raw["attn_cfg"])
     if raw["attn_layer_idx"]:
-        if attention.pop("rotary_emb_interleaved", False):
-            raise CheckpointError("attn_cfg's rotary_emb_interleaved is true: only the rotation in halves is built")
-        if not attention.get("causal", False):
-            raise CheckpointError("attn_cfg's causal is false (mamba_ssm's default): a language model needs it true")
-    # mambalm's Mamba2 has another default, that of the paper's listing.
+        _require_attention(raw["attn_cfg"])
+    attention = {key: value for key, value in raw["attn_cfg"].items() if key != "rotary_emb_interleaved"}
+    # mambalm's Mamba2 has another default.
     layer_options = {"layer": layer, "d_state": OPTIONS[layer]["d_state"].default, **options}
     fields = {key: raw[key] for key in ("d_intermediate", "attn_layer_idx", "rms_norm", "pad_vocab_size_multiple")}
     fields["ssm_cfg"] = {key: value for key, value in layer_options.items() if key not in SPEED}
@@ -239,10 +255,12 @@ def config_to(config: PreTrainedConfig) -> dict[str, Any]:
     layers = {"mamba": "Mamba1", "mamba2": "Mamba2"}
     raw = dict(DEFAULTS)
     if isinstance(config, HybridConfig):
-        values = dict(config.ssm_cfg or {})
-        layer = values.pop("layer", "Mamba1")
+        layer, values = _hybrid_layer(config)
         raw |= {key: getattr(config, key) for key in ("d_intermediate", "attn_layer_idx", "attn_cfg", "rms_norm")}
-        _require_counterparts(config, {"ssm_cfg", *raw})
+        if config.attn_layer_idx:
+            raw["attn_cfg"] = {"causal": True, **raw["attn_cfg"]}
+            _require_attention(raw["attn_cfg"])
+        _require_counterparts(config, {"rms_norm"})
     elif config.model_type in layers:
         layer = layers[config.model_type]
         values = {key: getattr(config, option.field) for key, option in OPTIONS[layer].items()}
@@ -259,6 +277,15 @@ def config_to(config: PreTrainedConfig) -> dict[str, Any]:
         "fused_add_norm": record.get("fused_add_norm", DEFAULTS["fused_add_norm"]),
         "tie_embeddings": config.tie_word_embeddings,
     }
+
+
+def _hybrid_layer(config: HybridConfig) -> tuple[str, dict[str, Any]]:
+    """The recurrent layer of a hybrid, and its options; those that mambalm's layer takes by default among them."""
+    options = dict(config.ssm_cfg or {})
+    layer = options.pop("layer", "Mamba1")
+    options.setdefault("d_state", signature(LAYERS[layer]).parameters["d_state"].default)
+    _require_options(layer, options)
+    return layer, options
 
 
 def _raw_options(layer: str, values: Mapping[str, Any], d_model: int) -> dict[str, Any]:
