@@ -13,7 +13,7 @@ _OP = "linear_cross_entropy"
 _REDUCTIONS = ("mean", "sum", "none")
 
 # Tokens whose logits are held at once unless the caller chooses, measured: fewer are slower (on a GPU they spend their
-# time adding up the weight's gradient), more hardly faster (6 % for twice as many on an H200; on a CPU none).
+# time adding up the weight's gradient), twice as many 5 to 10 % faster on an H200 and no faster on a CPU.
 _CHUNK_TOKENS = {"cpu": 256}
 _CHUNK_TOKENS_ELSEWHERE = 2048
 
@@ -207,8 +207,8 @@ def _forward(
     Gradients come with the sum, from the same logits: each token's factor is then known up to one scalar, which
     autograd brings later. To make the logits again in the backward would be a fourth matrix product beside three and
     save no memory, for the head's backward follows its forward at once: at the peak everything is held anyway. Measured
-    at 16384 tokens, d = 768, v = 50280, bfloat16 on an H200: TODO ms instead of TODO; on a CPU a quarter of
-    the time. Losses one by one have a factor each: their gradients are made in the backward.
+    at 16384 tokens, d = 768, v = 50280, bfloat16 on an H200: 15.2 ms instead of 20.8; on a CPU a quarter of the
+    time. Losses one by one have a factor each: their gradients are made in the backward.
     """
     with backends.exact(x.device):
         losses, dx, dweight, dbias = _evaluate(
@@ -264,6 +264,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _autograd(ctx, dlosses, *_):  # type: ignore[no-untyped-def]
+    if dlosses is None:
+        return (None,) * 10
     if ctx.summed:
         wanted, gradients = ctx.wanted, [g * dlosses for g in ctx.saved_tensors]
     else:
