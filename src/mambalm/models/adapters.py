@@ -1,7 +1,7 @@
 """LoRA on every projection, through PEFT.
 
 PEFT refuses adapters on out_proj (and "all-linear") for models whose config says mamba, mamba2 or falcon_mamba, because
-the stock kernels take the weights themselves and would go past the adapter without a word. mambalm calls every projection
+stock kernels take the weights themselves and would go past the adapter without a word. mambalm calls every projection
 as a module, so here that reason does not hold: the two functions of this module lift the check, for their own call and
 their own model only. Plain `get_peft_model` keeps its error.
 """
@@ -13,15 +13,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from mambalm.layers import Block
 from mambalm.models.common import MambalmPreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 # Modules whose weight an op takes: an adapter around them would never be called.
 _NOT_CALLED = {
@@ -74,15 +75,17 @@ def attach_adapter(
 
     Raises:
         TypeError: the model is not mambalm's, whose projections alone are called as modules.
+        ImportError: PEFT is not installed.
         ValueError: a target that matches no module, or one that an adapter cannot act on (conv1d, a tied head).
     """
+    peft = _peft()
     _check_model(model)
-    config = LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM") if config is None else copy.copy(config)
+    config = peft.LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM") if config is None else copy.copy(config)
     if config.target_modules is None or config.target_modules == "all-linear":
         config.target_modules = set(projections(model))
     _check_targets(model, config.target_modules)
     with _unlisted(model):
-        adapted = get_peft_model(model, config, adapter_name=adapter_name)
+        adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
     return adapted, report(adapted)
 
 
@@ -104,18 +107,21 @@ def load_adapter(
 
     Raises:
         TypeError: the model is not mambalm's.
-        ValueError: the name is taken, or an adapter was made for other modules.
+        ImportError: PEFT is not installed.
+        ValueError: the name is taken, or the adapter was made for modules that the model does not have.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    peft = _peft()
+    nested = isinstance(model, peft.PeftModel)
+    base: Any = model.get_base_model() if nested else model  # type: ignore[operator]
     _check_model(base)
     with _unlisted(base):
-        if isinstance(model, PeftModel):
+        if nested:
             if adapter_name in model.peft_config:
                 raise ValueError(f"an adapter called {adapter_name!r} is loaded already: pass another adapter_name")
-            model.load_adapter(path, adapter_name, is_trainable=is_trainable, **kwargs)
+            model.load_adapter(os.fspath(path), adapter_name, is_trainable=is_trainable, **kwargs)
             adapted = model
         else:
-            adapted = PeftModel.from_pretrained(
+            adapted = peft.PeftModel.from_pretrained(
                 model, path, adapter_name=adapter_name, is_trainable=is_trainable, **kwargs
             )
     return adapted, report(adapted)
@@ -123,9 +129,10 @@ def load_adapter(
 
 def report(model: nn.Module) -> AdapterReport:
     """What the adapters of a PEFT model cover."""
+    base_tuner_layer = _peft().tuners.tuners_utils.BaseTunerLayer
     adapted: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, base_tuner_layer):
             adapted.setdefault(name.rpartition(".")[2], []).append(name)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     trainable = sum(size for size, trains in sizes if trains)
@@ -147,6 +154,14 @@ def _unlisted(model: PreTrainedModel) -> Iterator[None]:
             del attributes["model_type"]
         else:
             attributes["model_type"] = before
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("adapters need PEFT: pip install 'mambalm[train]'") from error
+    return peft
 
 
 def _check_model(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import LinearAttentionLayer
 
 from mambalm.layers.state import MambaState, State
 
@@ -31,10 +32,12 @@ class StateCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
+        """Whether `generate` may compile the forward pass for this cache: its tensors do not stay in place."""
         return False
 
     @property
     def batch_size(self) -> int:
+        """Rows, -1 before the first token, as transformers' own."""
         return -1 if self.state is None else self.state.batch_size
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -42,25 +45,31 @@ class StateCache(Cache):
         return 0 if self.state is None else int(self.state.position.max())
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether anything has been read."""
         return self.state is not None
 
     def reset(self) -> None:
+        """Forget everything."""
         self.state = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
         if self.state is not None:
             self.state = self.state.reorder(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows."""
         if self.state is not None:
             self.state = self.state.index(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Put each row so many times in a row."""
         if self.state is not None:
             rows = torch.arange(self.state.batch_size, device=self.state.position.device)
             self.state = self.state.index(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Refused: a recurrent state does not go back."""
         raise ValueError(
             "a recurrent state cannot be cropped: keep the State from before the tokens and resume from it"
         )
@@ -68,8 +77,12 @@ class StateCache(Cache):
 
 def new_cache(config: PreTrainedConfig) -> Cache:
     """An empty cache for a model of this config: transformers' own where its layers can hold the state."""
-    recurrent = all(kind == "linear_attention" for kind in config.layer_types)
-    return DynamicCache(config=config) if recurrent else StateCache()
+    return DynamicCache(config=config) if is_recurrent(config) else StateCache()
+
+
+def is_recurrent(config: PreTrainedConfig) -> bool:
+    """Whether no layer is attention."""
+    return all(kind == "linear_attention" for kind in config.layer_types)
 
 
 def read_cache(cache: Cache) -> State | None:
@@ -82,23 +95,24 @@ def read_cache(cache: Cache) -> State | None:
     """
     if isinstance(cache, StateCache):
         return cache.state
-    _check_recurrent(cache)
-    started = [bool(layer.has_previous_state[0]) for layer in cache.layers]
+    held = _recurrent_layers(cache)
+    started = [bool(layer.has_previous_state[0]) for layer in held]
     if not any(started):
         return None
     if not all(started):
         raise ValueError(f"layer {started.index(False)} of the cache holds no state while others do: make a new cache")
     layers = []
-    for layer in cache.layers:
-        width = layer.conv_kernel_size[0]
+    for layer in held:
         conv = layer.conv_states[0]
-        layers.append(MambaState(conv[..., conv.shape[-1] - width + 1 :].clone(), layer.recurrent_states[0].float()))
+        # Not [-(k-1):], which for k = 1 would keep all.
+        inputs = conv[..., conv.shape[-1] - layer.conv_kernel_size[0] + 1 :]
+        layers.append(MambaState(inputs.clone(), layer.recurrent_states[0].float().clone()))
     position = torch.zeros(layers[0].conv.shape[0], dtype=torch.int64, device=layers[0].conv.device)
     return State(tuple(layers), position)
 
 
 @torch.no_grad()
-def write_cache(cache: Cache, state: State) -> None:
+def write_cache(cache: Any, state: State) -> None:
     """Put a state into a transformers cache, in place; the cache gets its own copy and no gradient.
 
     Raises:
@@ -107,8 +121,9 @@ def write_cache(cache: Cache, state: State) -> None:
     if isinstance(cache, StateCache):
         cache.state = state.detach()
         return
-    _check_recurrent(cache)
-    for index, (layer, new) in enumerate(zip(cache.layers, state.layers, strict=True)):
+    for index, (layer, new) in enumerate(zip(_recurrent_layers(cache), state.layers, strict=True)):
+        if not isinstance(new, MambaState):
+            raise ValueError(f"layer {index} of the state is attention, layer {index} of the cache is recurrent")
         old = layer.conv_states[0]
         if old is not None and old.shape[0] != state.batch_size:
             raise ValueError(
@@ -121,17 +136,19 @@ def write_cache(cache: Cache, state: State) -> None:
         cache.update_recurrent_state(new.ssm, index)
 
 
-def _check_recurrent(cache: Any) -> None:
+def _recurrent_layers(cache: Any) -> list[Any]:
     if not isinstance(cache, Cache):
         raise ValueError(
             f"cache_params is {type(cache).__name__}, expected a mambalm.State or a transformers Cache: "
-            "pass model.init_state(batch_size) or DynamicCache(config=model.config)"
+            "pass model.init_state(batch_size), or nothing"
         )
-    held = {type(layer).__name__ for layer in cache.layers if not hasattr(layer, "recurrent_states")}
-    if held or not cache.layers:
+    layers: list[Any] = cache.layers
+    others = {type(layer).__name__ for layer in layers if not isinstance(layer, LinearAttentionLayer)}
+    if others or not layers:
         raise ValueError(
-            f"the cache holds {', '.join(sorted(held)) or 'no'} layers, which cannot keep a recurrent state: "
-            "pass DynamicCache(config=model.config), a mambalm.State, or nothing"
+            f"the cache holds {', '.join(sorted(others)) or 'no'} layers, which cannot keep a recurrent state: "
+            "pass model.init_state(batch_size), or nothing"
         )
-    if any(layer.record_past for layer in cache.layers):
+    if any(layer.record_past for layer in layers):
         raise ValueError("the cache records past inputs to roll back: keep a mambalm.State to return to instead")
+    return layers

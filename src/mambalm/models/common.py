@@ -6,7 +6,7 @@ A family adds its config class and the layer that it puts into a block; everythi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from mambalm.layers import Attention, Block, GatedMLP, Mamba, Mamba2, RMSNorm
 from mambalm.layers.state import State
-from mambalm.models.cache import StateCache, new_cache, read_cache, write_cache
+from mambalm.models.cache import StateCache, is_recurrent, new_cache, read_cache, write_cache
 from mambalm.models.padding import Packing, find_packing
 from mambalm.models.quantized import plain_step_projections, with_default_skips
 from mambalm.ops import linear_cross_entropy
@@ -66,7 +66,7 @@ class MambalmPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # Trainer hands over the number of tokens of all accumulated batches, and the loss is divided by it.
     accepts_loss_kwargs = True
-    _no_split_modules: ClassVar[list[str]] = ["MambaBlock"]
+    _no_split_modules = ["MambaBlock"]  # noqa: RUF012, transformers declares it
     _is_stateful = True
 
     @staticmethod
@@ -75,7 +75,7 @@ class MambalmPreTrainedModel(PreTrainedModel):
         raise NotImplementedError("a family defines make_block")
 
     @staticmethod
-    def make_norm(config: PreTrainedConfig) -> nn.Module:
+    def make_norm(config: PreTrainedConfig) -> RMSNorm | nn.LayerNorm:
         """A norm over the residual stream."""
         return RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
@@ -108,9 +108,9 @@ class MambalmModel(MambalmPreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self.make_block(config, index) for index in range(config.num_hidden_layers))
-        self.norm_f = self.make_norm(config)
+        self.norm_f: RMSNorm | nn.LayerNorm = self.make_norm(config)
         self.gradient_checkpointing = False
         plain_step_projections(self)
         self.post_init()
@@ -125,9 +125,9 @@ class MambalmModel(MambalmPreTrainedModel):
 
     def init_state(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> State:
         """The state before the first token; `dtype` is that of the activations, by default the parameters'."""
-        layers = tuple(layer.init_state(batch_size, dtype=dtype, device=device) for layer in self.layers)
-        position = torch.zeros(batch_size, dtype=torch.int64, device=device or self.embeddings.weight.device)
-        return State(layers, position)
+        blocks: Any = self.layers
+        layers = tuple(block.init_state(batch_size, dtype=dtype, device=device) for block in blocks)
+        return State(layers, torch.zeros(batch_size, dtype=torch.int64, device=device or self.device))
 
     def forward(
         self,
@@ -173,10 +173,12 @@ class MambalmModel(MambalmPreTrainedModel):
             cache_params = new_cache(self.config)
         state = self._state(cache_params, shape[0] if packing is None else len(packing.cu_seqlens) - 1)
         tokens = tokens if packing is None else packing.gather(tokens)
-        x, state, streams = self._run(tokens, state, packing, cache_params is not None, output_hidden_states)
-        if isinstance(cache_params, Cache):
-            write_cache(cache_params, state)
-        cache = (cache_params if isinstance(cache_params, Cache) else state) if use_cache else None
+        x, new_state, streams = self._run(tokens, state, packing, cache_params is not None, output_hidden_states)
+        cache: State | Cache | None = new_state
+        if isinstance(cache_params, Cache) and new_state is not None:
+            write_cache(cache_params, new_state)
+            cache = cache_params
+        cache = cache if use_cache else None
         hidden = None if streams is None else (*streams, x)
         if not (self.config.return_dict if return_dict is None else return_dict):
             return tuple(value for value in (x, cache, hidden) if value is not None)
@@ -228,7 +230,7 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
     """A backbone with a language-model head, tied to the embeddings if the config says so."""
 
     backbone_class: type[MambalmModel]
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "backbone.embeddings.weight"}
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012, transformers declares it
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -319,12 +321,10 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """transformers' own, but a step behind the prompt gets no mask: its one token is real in every row."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if kwargs.get("use_cache") and not is_first_iteration:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("use_cache") and not kwargs.get("is_first_iteration"):
             inputs["attention_mask"] = None
         return inputs
 
@@ -335,9 +335,11 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("cache_params")
         if isinstance(cache, State):
             model_kwargs["cache_params"] = StateCache(cache)
-        elif cache is None and generation_config.use_cache is not False:
-            model_kwargs["cache_params"] = new_cache(self.config)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs["cache_params"].batch_repeat_interleave(copies)
+        elif cache is None and generation_config.use_cache is not False and not is_recurrent(self.config):
+            model_kwargs["cache_params"] = StateCache()
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
 
 def check_activation(config: PreTrainedConfig) -> None:

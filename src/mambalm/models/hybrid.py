@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from mambalm.layers import Attention, GatedMLP, Mamba, Mamba2, RMSNorm
 from mambalm.models.common import MambaBlock, MambalmForCausalLM, MambalmModel, MambalmPreTrainedModel
 
-_RECURRENT = {"Mamba1": Mamba, "Mamba2": Mamba2}
+_RECURRENT: dict[str, type[Mamba] | type[Mamba2]] = {"Mamba1": Mamba, "Mamba2": Mamba2}
 
 
 class HybridConfig(PreTrainedConfig):
@@ -86,7 +86,7 @@ class MambaHybridPreTrainedModel(MambalmPreTrainedModel):
     config_class = HybridConfig
 
     @staticmethod
-    def make_norm(config: PreTrainedConfig) -> nn.Module:
+    def make_norm(config: PreTrainedConfig) -> RMSNorm | nn.LayerNorm:
         """RMSNorm, or LayerNorm with a bias."""
         kind = RMSNorm if config.rms_norm else nn.LayerNorm
         return kind(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -94,17 +94,16 @@ class MambaHybridPreTrainedModel(MambalmPreTrainedModel):
     @classmethod
     def make_block(cls, config: PreTrainedConfig, layer_idx: int) -> MambaBlock:
         """A block with attention or a recurrent layer, and with an MLP if there is one."""
-        mixer: nn.Module
+        mixer: Attention | Mamba | Mamba2
         if layer_idx in config.attn_layer_idx:
             mixer = Attention(config.hidden_size, **config.attn_cfg, layer_idx=layer_idx)
         else:
             arguments = {name: value for name, value in config.ssm_cfg.items() if name != "layer"}
             kind = _RECURRENT[config.ssm_cfg.get("layer", "Mamba1")]
             mixer = kind(config.hidden_size, **arguments, layer_idx=layer_idx)
-        parts = [cls.make_norm(config), mixer]
-        if config.d_intermediate:
-            parts += [cls.make_norm(config), GatedMLP(config.hidden_size, config.d_intermediate)]
-        return MambaBlock(*parts, residual_in_fp32=config.residual_in_fp32)
+        norm2 = cls.make_norm(config) if config.d_intermediate else None
+        mlp = GatedMLP(config.hidden_size, config.d_intermediate) if config.d_intermediate else None
+        return MambaBlock(cls.make_norm(config), mixer, norm2, mlp, residual_in_fp32=config.residual_in_fp32)
 
     @property
     def residual_branches(self) -> int:

@@ -94,8 +94,13 @@ def _checked_offsets(cu_seqlens: torch.Tensor, shape: tuple[int, int]) -> torch.
     return cu_seqlens.to(torch.int32)
 
 
-# The number of real tokens is data: under torch.compile this is a break in the graph, and an error with fullgraph.
-@torch.compiler.disable
+# How many documents and tokens there are is data: under torch.compile this breaks the graph, and fullgraph refuses.
+_read_as_data = torch.compiler.disable(
+    reason="a mask or position_ids are read as data: call the model without them (unpadded) or with cu_seqlens"
+)
+
+
+@_read_as_data
 def _padding(mask: torch.Tensor, shape: tuple[int, int]) -> Packing | None:
     rows, length = shape
     if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < length:
@@ -107,7 +112,7 @@ def _padding(mask: torch.Tensor, shape: tuple[int, int]) -> Packing | None:
     return Packing(offsets, shape, tokens=real.flatten().nonzero().squeeze(1), by_row=True)
 
 
-@torch.compiler.disable
+@_read_as_data
 def _restarts(position_ids: torch.Tensor, shape: tuple[int, int]) -> Packing | None:
     rows, length = shape
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != length:

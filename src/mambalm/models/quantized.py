@@ -43,4 +43,4 @@ def plain_step_projections(model: nn.Module) -> None:
         if isinstance(module, Mamba) and isinstance(module.dt_proj, StepProjection):
             old = module.dt_proj.weight
             rank, channels = module.dt_rank, module.d_inner
-            module.dt_proj = nn.Linear(rank, channels, device=old.device, dtype=old.dtype)
+            module.set_submodule("dt_proj", nn.Linear(rank, channels, device=old.device, dtype=old.dtype))
