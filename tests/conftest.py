@@ -1,4 +1,4 @@
-"""What every test runs under: fixed seeds, one thread per worker, NaN in uninitialised memory."""
+"""What every test runs under: fixed seeds, one thread per worker, NaN in uninitialised memory; a tiny model to run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import os
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Triton reads this when a kernel is defined, so it is set before anything of mambalm is imported.
 if not torch.cuda.is_available():
@@ -63,3 +67,44 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with 300 tokens; `<end>` is 0."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = ["def quicksort(numbers): return sorted(numbers)\n", "héllo wörld, 😀 the quick brown fox\n"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, min_frequency=1, initial_alphabet=alphabet, special_tokens=["<end>"], show_progress=False
+    )
+    backend.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A random Mamba in eval mode whose greedy text is not one token repeated."""
+    from transformers import MambaConfig
+
+    from mambalm.models import MambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tiny_tokenizer), "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}
+    return MambaForCausalLM(MambaConfig(**sizes, eos_token_id=0, pad_token_id=0, initializer_range=0.5)).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model and its tokenizer in a folder, in transformers' format."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

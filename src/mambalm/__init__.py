@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mambalm import ops
+from mambalm.layers.state import State
 
 if TYPE_CHECKING:
     import os
 
     import torch
     from transformers import PreTrainedModel
-
-    from mambalm.layers.state import State
 
 __version__ = "0.1.0"
 __all__ = ["State", "__version__", "load", "ops", "register"]
@@ -49,11 +48,3 @@ def register() -> None:
     from mambalm.models.registration import register as register_models
 
     register_models()
-
-
-def __getattr__(name: str) -> Any:
-    if name == "State":
-        from mambalm.layers.state import State
-
-        return State
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

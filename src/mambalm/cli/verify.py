@@ -12,7 +12,8 @@ from rich.table import Table
 
 import mambalm
 from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
-from mambalm.diagnostics.verify import QUANTITIES, Check, tiny_models
+from mambalm.diagnostics.tiny import tiny_models
+from mambalm.diagnostics.verify import QUANTITIES, Check
 from mambalm.diagnostics.verify import verify as run_checks
 
 

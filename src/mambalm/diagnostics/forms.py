@@ -1,7 +1,7 @@
 """The five forms in which a model can be fed the same documents; all give the same logits, final state and gradients.
 
-A form is a function `(model, documents, initial) -> Reading`: documents are token ids (l_i), i = 1..s, and `initial` is
-a `State` of s rows, what each document follows.
+A form is a function `(model, documents, initial) -> Reading`: `model` is called as a causal language model of mambalm
+is, documents are token ids (l_i), i = 1..s, and `initial` is a `State` of s rows, what each document follows.
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mambalm.layers.state import AttentionState, MambaState, State
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -29,20 +26,21 @@ class Reading:
     state: State
 
 
-Form = Callable[["PreTrainedModel", Sequence[Tensor], State], Reading]
+Model = Callable[..., Any]
+Form = Callable[[Model, Sequence[Tensor], State], Reading]
 
 
-def one_pass(model: PreTrainedModel, documents: Sequence[Tensor], initial: State) -> Reading:
+def one_pass(model: Model, documents: Sequence[Tensor], initial: State) -> Reading:
     """Each document alone, in one call."""
     return _alone(model, documents, initial, lambda document: [document])
 
 
-def token_by_token(model: PreTrainedModel, documents: Sequence[Tensor], initial: State) -> Reading:
+def token_by_token(model: Model, documents: Sequence[Tensor], initial: State) -> Reading:
     """Each document alone, a call per token, the state handed on."""
     return _alone(model, documents, initial, lambda document: document.split(1))
 
 
-def random_chunks(model: PreTrainedModel, documents: Sequence[Tensor], initial: State, *, seed: int = 0) -> Reading:
+def random_chunks(model: Model, documents: Sequence[Tensor], initial: State, *, seed: int = 0) -> Reading:
     """Each document alone, split at random places, some of them next to each other."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -55,7 +53,7 @@ def random_chunks(model: PreTrainedModel, documents: Sequence[Tensor], initial: 
     return _alone(model, documents, initial, split)
 
 
-def padded(model: PreTrainedModel, documents: Sequence[Tensor], initial: State, *, side: str) -> Reading:
+def padded(model: Model, documents: Sequence[Tensor], initial: State, *, side: str) -> Reading:
     """All documents as the rows of one batch, padded on the "left" or "right" to the longest."""
     longest = max(map(len, documents))
     fills = [longest - len(document) for document in documents]
@@ -67,7 +65,7 @@ def padded(model: PreTrainedModel, documents: Sequence[Tensor], initial: State, 
     return Reading(tuple(logits), output.cache_params)
 
 
-def packed(model: PreTrainedModel, documents: Sequence[Tensor], initial: State) -> Reading:
+def packed(model: Model, documents: Sequence[Tensor], initial: State) -> Reading:
     """All documents laid end to end in one row, told apart by `cu_seqlens`."""
     lengths = [len(document) for document in documents]
     ids = torch.cat(list(documents))[None]
@@ -102,7 +100,7 @@ def state_tensors(state: State) -> dict[str, Tensor]:
 
 
 def _alone(
-    model: PreTrainedModel,
+    model: Model,
     documents: Sequence[Tensor],
     initial: State,
     split: Callable[[Tensor], Sequence[Tensor]],

@@ -10,14 +10,15 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from mambalm import ops
-from mambalm.diagnostics.forms import FORMS, Form, one_pass, state_tensors
+from mambalm.diagnostics.forms import FORMS, Form, Model, one_pass, state_tensors
 from mambalm.layers.state import State
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FLOAT32_TOLERANCE = 1e-5
 HALF_PRECISION_FACTOR = 2.0
+HALF = (torch.bfloat16, torch.float16)
 QUANTITIES = ("logits", "state", "gradients")
 
 # By quantity, then by the tensor's name.
@@ -66,7 +68,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def verify(
     model: PreTrainedModel,
     *,
-    lengths: Sequence[int] = (150, 1, 40),
+    lengths: Sequence[int] = (80, 1, 21),
     seed: int = 0,
     gradients: bool = True,
     forms: Mapping[str, Form] = FORMS,
@@ -89,7 +91,7 @@ def verify(
         initial = one_pass(model, prefixes, model.init_state(len(prefixes))).state
     with ops.use_backend("reference"):
         truth = measure(one_pass, exact, documents, pytree.tree_map(_doubled, initial), seed, gradients)
-        half = model.dtype in (torch.bfloat16, torch.float16)
+        half = model.dtype in HALF
         rounded = measure(one_pass, model, documents, initial, seed, gradients) if half else None
     checks = []
     for name, form in forms.items():
@@ -112,23 +114,39 @@ def measure(
     """
     tensors, structure = pytree.tree_flatten(initial)
     tensors = [t.detach().clone().requires_grad_(gradients and t.is_floating_point()) for t in tensors]
+    parameters = _masters(model)
     with torch.set_grad_enabled(gradients):
-        reading = form(model, documents, pytree.tree_unflatten(tensors, structure))
+        reading = form(_calling(model, parameters), documents, pytree.tree_unflatten(tensors, structure))
         logits = {f"document {i}": rows for i, rows in enumerate(reading.logits)}
         state = state_tensors(reading.state)
         measured: dict[str, Mapping[str, Tensor]] = {"logits": _detached(logits), "state": _detached(state)}
         if gradients:
-            sources = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            sources |= {f"initial state {i}": t for i, t in enumerate(tensors) if t.requires_grad}
+            sources = parameters | {f"initial state {i}": t for i, t in enumerate(tensors) if t.requires_grad}
             loss = _random_sum([*logits.values(), *state.values()], seed)
             found = torch.autograd.grad(loss, list(sources.values()), materialize_grads=True)
             measured["gradients"] = dict(zip(sources, found, strict=True))
     return measured
 
 
-def tiny_models(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> dict[str, PreTrainedModel]:
-    """A small random model of each family, by the name of its class."""
-    return {}
+def _masters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters that get gradients, those in half precision in float32."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: (p.float() if p.dtype in HALF else p).clone().requires_grad_() for name, p in trained.items()}
+
+
+def _calling(model: PreTrainedModel, masters: Mapping[str, Tensor]) -> Model:
+    """The model as a function of `masters`.
+
+    Each call rounds them anew to the model's dtypes, so that the gradients of many calls are summed in float32: the
+    rounding of a sum in half precision is no error of a form.
+    """
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        parameters = {name: tensor.to(dtypes[name]) for name, tensor in masters.items()}
+        return functional_call(model, parameters, arguments, options)
+
+    return call
 
 
 def _random_documents(
