@@ -1,0 +1,133 @@
+"""The command line: what it prints, where errors go, and its exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+import mambalm_cli
+from mambalm.diagnostics.verify import Check
+
+
+def call(*arguments: str | Path, stdin: str | None = None) -> Result:
+    """Run `mambalm` with these arguments, in this process."""
+    return CliRunner().invoke(mambalm_cli.app, [str(argument) for argument in arguments], input=stdin)
+
+
+def expected_text(tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, count: int) -> str:
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    output = tiny_model.generate(ids, max_new_tokens=count, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_help_lists_the_commands() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    for name, line in mambalm_cli.COMMANDS.items():
+        assert name in result.output
+        assert line.split()[0] in result.output
+
+
+def test_every_command_has_its_file_and_its_help() -> None:
+    for name in mambalm_cli.COMMANDS:
+        result = call(name, "--help")
+        assert result.exit_code == 0, result.output
+        assert f"mambalm {name}" in result.output
+
+
+def test_generate_prints_the_continuation(
+    tiny_checkpoint: Path, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    result = call("generate", tiny_checkpoint, "def sort(", "--max-new-tokens", "9", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    expected = expected_text(tiny_model, tiny_tokenizer, "def sort(", 9)
+    assert result.stdout.rstrip("\n") == expected.rstrip("\ufffd").rstrip("\n")
+
+
+def test_generate_reads_a_file_and_standard_input(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("the quick héllo", encoding="utf-8")
+    options = ("--max-new-tokens", "6", "--device", "cpu", "--chunk-size", "3")
+    from_file = call("generate", tiny_checkpoint, "--prompt-file", file, *options)
+    from_stdin = call("generate", tiny_checkpoint, "-", *options, stdin="the quick héllo")
+    from_argument = call("generate", tiny_checkpoint, "the quick héllo", *options)
+    assert from_file.exit_code == from_stdin.exit_code == 0
+    assert from_file.stdout == from_stdin.stdout == from_argument.stdout
+
+
+def test_generate_continues_several_prompts_as_each_alone(tiny_checkpoint: Path) -> None:
+    options = ("--max-new-tokens", "6", "--temperature", "1.5", "--seed", "4", "--device", "cpu")
+    alone = call("generate", tiny_checkpoint, "def sort(", *options).stdout
+    both = call("generate", tiny_checkpoint, "def sort(", "fox", *options).stdout
+    assert both.startswith(f"--- 1\n{alone}--- 2\n")
+
+
+def test_generate_stops_at_a_string(tiny_checkpoint: Path) -> None:
+    options = ("--max-new-tokens", "20", "--device", "cpu")
+    free = call("generate", tiny_checkpoint, "def sort(", *options).stdout
+    stop = free[4:6]
+    assert (
+        call("generate", tiny_checkpoint, "def sort(", "--stop", stop, *options).stdout
+        == free[: free.index(stop)] + "\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/folder", "hello"], "no/such/folder"),
+        (["{checkpoint}"], "no prompt; give one as in"),
+        (["{checkpoint}", "--prompt-file", "missing.txt"], "missing.txt"),
+        (["{checkpoint}", ""], "prompt 1 has no tokens"),
+        (["{checkpoint}", "hello", "--dtype", "int8"], "unknown dtype 'int8'; choose one of"),
+        (["{checkpoint}", "hello", "--device", "nowhere"], "unknown device 'nowhere'"),
+        (["{checkpoint}", "hello", "--top-p", "2"], "top_p is 2.0; it must be"),
+        (["{checkpoint}", "hello", "--tokenizer", "{empty}"], "has no tokenizer that transformers can load"),
+    ],
+)
+def test_generate_tells_an_error_in_one_line(
+    tiny_checkpoint: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    filled = [argument.format(checkpoint=tiny_checkpoint, empty=tmp_path) for argument in arguments]
+    result = call("generate", *filled)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.startswith("mambalm generate: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_debug_keeps_the_traceback() -> None:
+    result = call("--debug", "generate", "no/such/folder", "hello")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_an_unknown_command_or_option_is_refused() -> None:
+    assert call("generat").exit_code == 2
+    assert "No such option" in call("doctor", "--no-such-option").output
+
+
+def test_doctor(tiny_checkpoint: Path) -> None:
+    result = call("doctor")
+    assert result.exit_code == 0
+    for word in ("transformers", "C compiler", "selective_scan", "chosen"):
+        assert word in result.output
+
+
+def test_verify_on_a_checkpoint(tiny_checkpoint: Path) -> None:
+    result = call("verify", tiny_checkpoint, "--device", "cpu", "--no-gradients")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("equal") >= 6
+    assert "not built" in result.output
+    assert "FAILED" not in result.output
+
+
+def test_verify_exits_with_1_when_a_form_fails(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = [Check("packed", "logits", error=0.5, allowed=1e-5, worst="document 1")]
+    monkeypatch.setattr("mambalm.cli.verify.run_checks", lambda *_, **__: failed)
+    result = call("verify", tiny_checkpoint, "--device", "cpu")
+    assert result.exit_code == 1
+    assert "FAILED" in result.output

@@ -1,0 +1,54 @@
+"""`doctor` tells what there is and what is missing."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambalm.diagnostics import doctor
+from mambalm.ops.backends import OPS
+
+
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "OPTIONAL", ("no-such-package",))
+    found = doctor.versions()
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == torch.__version__
+    assert found["no-such-package"] == "not installed"
+
+
+def test_one_backend_of_each_op_and_device_is_chosen_and_the_first_that_can_run() -> None:
+    found = list(doctor.backends())
+    kinds = {device.type for device in doctor.devices()}
+    assert "cpu" in kinds
+    chosen = Counter((backend.op, backend.device.type) for backend in found if backend.chosen)
+    assert chosen == {(op, kind): 1 for op in OPS for kind in kinds}
+    assert all(backend.reason is None for backend in found if backend.chosen)
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"cpu": "numba is missing", "portable": None, "reference": None}
+    monkeypatch.setattr(doctor.ops, "explain", lambda op, device: reasons)
+    found = [backend for backend in doctor.backends() if backend.device.type == "cpu" and backend.op == "ssd"]
+    assert [(backend.name, backend.reason, backend.chosen) for backend in found] == [
+        ("cpu", "numba is missing", False),
+        ("portable", None, True),
+        ("reference", None, False),
+    ]
+
+
+def test_the_compiler_and_what_needs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    assert doctor.compiler() == "/usr/bin/gcc, with Python's headers"
+    (tmp_path / "Python.h").unlink()
+    assert "Python.h is missing. Triton's first launch and torch.compile" in doctor.compiler()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "none found (looked for cc, gcc" in doctor.compiler()
