@@ -288,7 +288,7 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
             **unused,
         )
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(_keep(hidden, logits_to_keep)).float()
+        logits = _full_precision(self.lm_head(_keep(hidden, logits_to_keep)))
         loss = None if labels is None else self._loss(hidden, labels, packing, num_items_in_batch)
         if not (self.config.return_dict if return_dict is None else return_dict):
             rest = (outputs.cache_params, outputs.hidden_states)
@@ -317,7 +317,7 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
             )
         else:
             # The weight alone is not what an adapted or quantised head computes with.
-            logits = self.lm_head(hidden[:, :-1]).float().flatten(0, 1)
+            logits = _full_precision(self.lm_head(hidden[:, :-1])).flatten(0, 1)
             loss = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
@@ -375,6 +375,10 @@ def _position(tokens: torch.Tensor, state: State | None, packing: Packing | None
     else:
         read = torch.full((tokens.shape[0],), tokens.shape[1], dtype=torch.int64, device=tokens.device)
     return read if state is None else state.position.to(read.device) + read
+
+
+def _full_precision(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _keep(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
