@@ -214,6 +214,15 @@ def test_backward_twice(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_second_derivative_is_refused(reduction: str) -> None:
+    args = {name: t.requires_grad_() for name, t in arguments(20, 6, v=11).items()}
+    loss = ours(labels_for(args["x"], 11), reduction)(**args).sum()
+    (dx,) = torch.autograd.grad(loss, args["x"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="linear_cross_entropy has no second derivative"):
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_strided_inputs(reduction: str) -> None:
     args = arguments(2, 20, 6, v=11)
     labels = labels_for(args["x"], 11)
@@ -225,12 +234,13 @@ def test_strided_inputs(reduction: str) -> None:
     assert_close(gradients(ours(labels, reduction), strided, weights), expected, tolerance=1e-13)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_compiles_as_one_graph(reduction: str) -> None:
+def test_compiles_as_one_graph(reduction: str, dynamic: bool) -> None:
     args = arguments(2, 10, 6, v=11, dtype=torch.float32)
     labels = labels_for(args["x"], 11)
     weights = output_weights(labels, reduction)
-    compiled = torch.compile(ours(labels, reduction), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(ours(labels, reduction), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     assert_close(gradients(compiled, args, weights), gradients(ours(labels, reduction), args, weights), 1e-6)
 
 
@@ -238,9 +248,12 @@ def test_compiles_as_one_graph(reduction: str) -> None:
 @pytest.mark.parametrize("summed", [True, False])
 def test_custom_op_is_well_formed(summed: bool, dtype: torch.dtype) -> None:
     x, weight, bias = (t.requires_grad_() for t in arguments(10, 6, v=11, dtype=dtype).values())
-    options = (-100, 0.1, 4, torch.float32, summed, [summed] * 3)
+    options = (-100, 0.1, 4, torch.float32, None, summed, [summed] * 3)
+    # The check left out differentiates the gradients among the outputs, which is refused; compilation has its own test.
     torch.library.opcheck(
-        torch.ops.mambalm.linear_cross_entropy.default, (x, weight, labels_for(x, 11), bias, *options)
+        torch.ops.mambalm.linear_cross_entropy.default,
+        (x, weight, labels_for(x, 11), bias, *options),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 

@@ -71,13 +71,10 @@ def linear_cross_entropy(
         chunk_size or _CHUNK_TOKENS.get(x.device.type, _CHUNK_TOKENS_ELSEWHERE),
         _factors_dtype(x, weight),
     )
-    if backends.is_plain(x, weight, bias, labels):
-        with backends.exact(x.device):
-            losses = _evaluate(*arguments, None, [False] * 3)[0]
-        result = losses if reduction == "none" else losses.sum()
-    else:
-        wanted = [reduction != "none" and backends.needs_grad(t) for t in (x, weight, bias)]
-        result = _forward(*arguments, reduction != "none", wanted)[0]
+    summed = reduction != "none"
+    wanted = [summed and backends.needs_grad(t) for t in (x, weight, bias)]
+    run = _evaluate if backends.is_plain(x, weight, bias, labels) else _operator
+    result = run(*arguments, None, summed, wanted)[0]
     if reduction == "mean":
         return result / (labels != ignore_index).sum().clamp(min=1)
     return result.view(labels.shape) if reduction == "none" else result
@@ -116,60 +113,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if a.dtype == backends.accumulation_dtype(a.dtype) else torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _evaluate(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    z_loss: float,
-    chunk_size: int,
-    factors: torch.dtype,
-    coefficients: Tensor | None,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The losses (n), and the gradients of Σ coefficients losses for those of x, weight and bias that are wanted.
-
-    x is (n, d), labels (n); coefficients (n) are one if None. A gradient that is not wanted is empty. That of x has
-    x's dtype, the others, being sums over all tokens, the dtype of the arithmetic.
-    """
-    (n, d), v = x.shape, weight.shape[0]
-    _check_labels(labels, ignore_index, v)
-    weight = weight.to(factors)
-    losses = x.new_empty(n, dtype=backends.accumulation_dtype(factors))
-    dx = x.new_empty((n, d) if wanted[0] else (0,))
-    dweight = losses.new_zeros((v, d) if wanted[1] else (0,))
-    dbias = losses.new_zeros((v,) if wanted[2] else (0,))
-    for start in range(0, n, chunk_size):
-        part = slice(start, start + chunk_size)
-        rows = x[part].to(factors)
-        logits = _product(rows, weight.T)
-        if bias is not None:
-            logits += bias
-        counted = labels[part] != ignore_index
-        label = labels[part].where(counted, 0)[:, None]
-        log_p = logits.log_softmax(1)
-        log_p_label = log_p.gather(1, label)
-        log_normaliser = logits.gather(1, label) - log_p_label
-        losses[part] = (z_loss * log_normaliser.square() - log_p_label).squeeze(1).where(counted, 0)
-        if not any(wanted):
-            continue
-        del logits
-        factor = counted.to(losses.dtype) if coefficients is None else coefficients[part].where(counted, 0)
-        slope = factor[:, None] * (1 + 2 * z_loss * log_normaliser)
-        # The label's own entry is made apart, in full precision: p - 1 in half precision would lose a p close to 1.
-        dlabel = slope * log_p_label.exp() - factor[:, None]
-        dlogits = log_p if log_p.dtype == factors else torch.empty_like(log_p, dtype=factors)
-        torch.mul(log_p.exp_(), slope, out=dlogits).scatter_(1, label, dlabel.to(factors))
-        if wanted[0]:
-            dx[part] = _product(dlogits, weight)
-        if wanted[1]:
-            _add_product(dweight, dlogits.T, rows)
-        if wanted[2]:
-            dbias += dlogits.sum(0, dtype=dbias.dtype)
-    return losses, dx, dweight, dbias
-
-
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
@@ -189,8 +132,7 @@ def _check_labels(labels: Tensor, ignore_index: int, v: int) -> None:
         )
 
 
-@torch.library.custom_op("mambalm::linear_cross_entropy", mutates_args=())
-def _forward(
+def _evaluate(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -199,26 +141,74 @@ def _forward(
     z_loss: float,
     chunk_size: int,
     factors: torch.dtype,
+    coefficients: Tensor | None,
     summed: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The losses or their sum, and the sum's gradients for those of x, weight and bias that are ``wanted``.
+    """The losses (n) or their sum, and the gradients of Σ coefficients losses for the ``wanted`` of x, weight and bias.
 
-    Gradients come with the sum, from the same logits: each token's factor is then known up to one scalar, which
+    x is (n, d), labels (n); coefficients (n) are one if None. A gradient that is not wanted is empty. That of x has
+    x's dtype, the others, being sums over all tokens, the dtype of the arithmetic.
+
+    Gradients come with the sum, from the same logits: each token's coefficient is then known up to one scalar, which
     autograd brings later. To make the logits again in the backward would be a fourth matrix product beside three and
     save no memory, for the head's backward follows its forward at once: at the peak everything is held anyway. Measured
     at 16384 tokens, d = 768, v = 50280, bfloat16 on an H200: 15.2 ms instead of 20.8; on a CPU a quarter of the
-    time. Losses one by one have a factor each: their gradients are made in the backward.
+    time. Losses one by one have a coefficient each: their gradients are made in the backward.
     """
-    with backends.exact(x.device):
-        losses, dx, dweight, dbias = _evaluate(
-            x, weight, labels, bias, ignore_index, z_loss, chunk_size, factors, None, wanted
-        )
+    (n, d), v = x.shape, weight.shape[0]
+    _check_labels(labels, ignore_index, v)
+    weight = weight.to(factors)
+    losses = x.new_empty(n, dtype=backends.accumulation_dtype(factors))
+    dx = x.new_empty((n, d) if wanted[0] else (0,))
+    dweight = losses.new_zeros((v, d) if wanted[1] else (0,))
+    dbias = losses.new_zeros((v,) if wanted[2] else (0,))
+    for start in range(0, n, chunk_size):
+        part = slice(start, start + chunk_size)
+        rows = x[part].to(factors)
+        counted = labels[part] != ignore_index
+        label = labels[part].where(counted, 0)[:, None]
+        with backends.exact(x.device):
+            log_p, log_normaliser = _log_softmax(rows, weight, bias, label)
+            loss = z_loss * log_normaliser.square() - log_p.gather(1, label)
+            losses[part] = loss.squeeze(1).where(counted, 0)
+            if not any(wanted):
+                continue
+            factor = (counted.to(losses.dtype) if coefficients is None else coefficients[part].where(counted, 0))[
+                :, None
+            ]
+            dlogits = _logit_gradients(log_p, label, factor, factor * (1 + 2 * z_loss * log_normaliser), factors)
+            if wanted[0]:
+                dx[part] = _product(dlogits, weight)
+            if wanted[1]:
+                _add_product(dweight, dlogits.T, rows)
+            if wanted[2]:
+                dbias += dlogits.sum(0, dtype=dbias.dtype)
     return losses.sum() if summed else losses, dx, dweight, dbias
 
 
-@_forward.register_fake
-def _(x, weight, labels, bias, ignore_index, z_loss, chunk_size, factors, summed, wanted):  # type: ignore[no-untyped-def]
+def _log_softmax(rows: Tensor, weight: Tensor, bias: Tensor | None, label: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probabilities (c, v) and log-normalisers (c, 1) of a chunk of tokens (c, d)."""
+    logits = _product(rows, weight.T)
+    if bias is not None:
+        logits += bias
+    log_p = logits.log_softmax(1)
+    return log_p, logits.gather(1, label) - log_p.gather(1, label)
+
+
+def _logit_gradients(log_p: Tensor, label: Tensor, factor: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
+    """slope p - factor onehot(label) in ``dtype``; uses up ``log_p``, whose memory it takes if it can."""
+    # The label's own entry is made apart, in full precision: p - 1 in half precision would lose a p close to 1.
+    at_label = slope * log_p.gather(1, label).exp() - factor
+    dlogits = log_p if log_p.dtype == dtype else torch.empty_like(log_p, dtype=dtype)
+    return torch.mul(log_p.exp_(), slope, out=dlogits).scatter_(1, label, at_label.to(dtype))
+
+
+_operator = torch.library.custom_op("mambalm::linear_cross_entropy", _evaluate, mutates_args=())
+
+
+@_operator.register_fake
+def _(x, weight, labels, bias, ignore_index, z_loss, chunk_size, factors, coefficients, summed, wanted):  # type: ignore[no-untyped-def]
     acc = backends.accumulation_dtype(factors)
     return (
         x.new_empty(() if summed else labels.shape, dtype=acc),
@@ -228,53 +218,27 @@ def _(x, weight, labels, bias, ignore_index, z_loss, chunk_size, factors, summed
     )
 
 
-@torch.library.custom_op("mambalm::linear_cross_entropy_backward", mutates_args=())
-def _backward(
-    dlosses: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    z_loss: float,
-    chunk_size: int,
-    factors: torch.dtype,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias from those of the losses one by one (n)."""
-    with backends.exact(x.device):
-        return _evaluate(x, weight, labels, bias, ignore_index, z_loss, chunk_size, factors, dlosses, wanted)[1:]
-
-
-@_backward.register_fake
-def _(dlosses, x, weight, labels, bias, ignore_index, z_loss, chunk_size, factors, wanted):  # type: ignore[no-untyped-def]
-    shapes = (x.shape, weight.shape, weight.shape[:1])
-    dtypes = (x.dtype, *[backends.accumulation_dtype(factors)] * 2)
-    return tuple(
-        x.new_empty(shape if there else (0,), dtype=dtype)
-        for shape, dtype, there in zip(shapes, dtypes, wanted, strict=True)
-    )
-
-
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, labels, bias, *ctx.options, ctx.summed, ctx.wanted = inputs
+    x, weight, labels, bias, *ctx.options, _, ctx.summed, ctx.wanted = inputs
     ctx.dtypes = (x.dtype, weight.dtype, bias if bias is None else bias.dtype)
     ctx.save_for_backward(*(output[1:] if ctx.summed else (x, weight, labels, bias)))
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, dlosses, *_):  # type: ignore[no-untyped-def]
+def _autograd(ctx, dlosses, *second_order):  # type: ignore[no-untyped-def]
+    if any(g is not None for g in second_order):
+        raise NotImplementedError(f"{_OP} has no second derivative")
     if dlosses is None:
-        return (None,) * 10
+        return (None,) * 11
     if ctx.summed:
         wanted, gradients = ctx.wanted, [g * dlosses for g in ctx.saved_tensors]
     else:
         wanted = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
-        gradients = _backward(dlosses, *ctx.saved_tensors, *ctx.options, wanted)
+        _, *gradients = _operator(*ctx.saved_tensors, *ctx.options, dlosses, False, wanted)
     dx, dweight, dbias = (
         g.to(dtype) if there else None for g, dtype, there in zip(gradients, ctx.dtypes, wanted, strict=True)
     )
-    return dx, dweight, None, dbias, None, None, None, None, None, None
+    return dx, dweight, None, dbias, *[None] * 7
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_operator.register_autograd(_autograd, setup_context=_setup_context)

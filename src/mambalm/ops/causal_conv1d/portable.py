@@ -84,12 +84,7 @@ def _convolve(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y (b, l, d) and the final state (s, d, k-1), both in x's dtype."""
     k = weight.shape[1]
