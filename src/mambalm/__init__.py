@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import os
 
     import torch
-    from transformers import PreTrainedModel
+
+    from mambalm.models.common import MambalmForCausalLM
 
 __version__ = "0.1.0"
 __all__ = ["State", "__version__", "load", "ops", "register"]
@@ -26,7 +27,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     quantization: Any = None,
-) -> PreTrainedModel:
+) -> MambalmForCausalLM:
     """Load a checkpoint of any known format and return the model in eval mode.
 
     Args:

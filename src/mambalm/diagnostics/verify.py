@@ -22,7 +22,7 @@ from mambalm.diagnostics.forms import FORMS, Form, Model, one_pass, state_tensor
 from mambalm.layers.state import State
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from mambalm.models.common import MambalmForCausalLM
 
 FLOAT32_TOLERANCE = 1e-5
 HALF_PRECISION_FACTOR = 2.0
@@ -66,7 +66,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def verify(
-    model: PreTrainedModel,
+    model: MambalmForCausalLM,
     *,
     lengths: Sequence[int] = (80, 1, 21),
     seed: int = 0,
@@ -93,7 +93,7 @@ def verify(
         truth = measure(one_pass, exact, documents, pytree.tree_map(_doubled, initial), seed, gradients)
         half = model.dtype in HALF
         rounded = measure(one_pass, model, documents, initial, seed, gradients) if half else None
-    checks = []
+    checks: list[Check] = []
     for name, form in forms.items():
         measured = measure(form, model, documents, initial, seed, gradients)
         checks += _compare(name, measured, truth, rounded)
@@ -102,7 +102,7 @@ def verify(
 
 def measure(
     form: Form,
-    model: PreTrainedModel,
+    model: MambalmForCausalLM,
     documents: Sequence[Tensor],
     initial: State,
     seed: int = 0,
@@ -128,13 +128,13 @@ def measure(
     return measured
 
 
-def _masters(model: PreTrainedModel) -> dict[str, Tensor]:
+def _masters(model: MambalmForCausalLM) -> dict[str, Tensor]:
     """The parameters that get gradients, those in half precision in float32."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {name: (p.float() if p.dtype in HALF else p).clone().requires_grad_() for name, p in trained.items()}
 
 
-def _calling(model: PreTrainedModel, masters: Mapping[str, Tensor]) -> Model:
+def _calling(model: MambalmForCausalLM, masters: Mapping[str, Tensor]) -> Model:
     """The model as a function of `masters`.
 
     Each call rounds them anew to the model's dtypes, so that the gradients of many calls are summed in float32: the
@@ -150,7 +150,7 @@ def _calling(model: PreTrainedModel, masters: Mapping[str, Tensor]) -> Model:
 
 
 def _random_documents(
-    model: PreTrainedModel, lengths: Sequence[int], seed: int, prefix: int = 5
+    model: MambalmForCausalLM, lengths: Sequence[int], seed: int, prefix: int = 5
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Documents of these lengths, and a prefix for each."""
     generator = torch.Generator().manual_seed(seed)

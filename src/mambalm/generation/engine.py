@@ -16,7 +16,7 @@ from mambalm.generation.sampling import Sampling, choose
 from mambalm.layers.state import State
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from mambalm.models.common import MambalmForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+def end_tokens(model: MambalmForCausalLM) -> frozenset[int]:
     """The token ids that end a text, by the checkpoint's generation configuration, else by its configuration."""
     for config in (model.generation_config, model.config):
         ids = getattr(config, "eos_token_id", None)
@@ -57,7 +57,7 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
 
 @torch.no_grad()
 def read(
-    model: PreTrainedModel, prompts: Sequence[Tensor], state: State | None = None, *, chunk_size: int = 2048
+    model: MambalmForCausalLM, prompts: Sequence[Tensor], state: State | None = None, *, chunk_size: int = 2048
 ) -> tuple[Tensor, State]:
     """Read a batch of prompts.
 
@@ -94,14 +94,14 @@ def read(
 
 
 @torch.no_grad()
-def step(model: PreTrainedModel, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+def step(model: MambalmForCausalLM, tokens: Tensor, state: State) -> tuple[Tensor, State]:
     """Read one more token (b) per row; return the logits (b, v) after it and the new state."""
     output = model(tokens[:, None], cache_params=state, use_cache=True)
     return output.logits[:, -1], output.cache_params
 
 
 def decode(
-    model: PreTrainedModel,
+    model: MambalmForCausalLM,
     prompts: Sequence[Tensor],
     settings: Settings,
     is_finished: Callable[[int], bool] = lambda row: False,
@@ -139,7 +139,7 @@ def decode(
         logits, state = step(model, tokens, state)
 
 
-def _check_prompts(model: PreTrainedModel, prompts: Sequence[Tensor]) -> None:
+def _check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None:
     if not prompts:
         raise ValueError("there is no prompt")
     vocabulary = model.config.vocab_size

@@ -11,7 +11,9 @@ from tokenizers.decoders import DecodeStream
 from mambalm.generation.engine import Settings, decode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from mambalm.models.common import MambalmForCausalLM
 
 
 class TextStream:
@@ -68,7 +70,7 @@ class TextStream:
 
 
 def generate(
-    model: PreTrainedModel,
+    model: MambalmForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     settings: Settings,

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
+from mambalm.models.common import MambalmForCausalLM
 from mambalm.models.falcon_mamba import FalconMambaForCausalLM
 from mambalm.models.formats import WRITABLE, Checkpoint, CheckpointError, detect, require_match, written_whole
 from mambalm.models.formats.checkpoint import COMPANIONS, EMBEDDINGS, HEAD, main_dtype
@@ -19,7 +20,7 @@ from mambalm.models.hybrid import MambaHybridForCausalLM
 from mambalm.models.mamba import MambaForCausalLM
 from mambalm.models.mamba2 import Mamba2ForCausalLM
 
-FAMILIES: dict[type, type[PreTrainedModel]] = {
+FAMILIES: dict[type, type[MambalmForCausalLM]] = {
     family.config_class: family
     for family in (MambaForCausalLM, FalconMambaForCausalLM, Mamba2ForCausalLM, MambaHybridForCausalLM)
 }
@@ -33,7 +34,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     quantization: Any = None,
-) -> PreTrainedModel:
+) -> MambalmForCausalLM:
     """Load a checkpoint of any known format and return the model in eval mode.
 
     The parameters are the files' pages, read when they are used (and never written to), unless they are cast or moved.
@@ -128,7 +129,7 @@ def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
 
 def build(
     checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> PreTrainedModel:
+) -> MambalmForCausalLM:
     """The model of a checkpoint, in eval mode; no parameter is initialised or copied on the way.
 
     Raises:
@@ -147,7 +148,7 @@ def build(
     return model.eval()
 
 
-def _skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+def _skeleton(checkpoint: Checkpoint) -> MambalmForCausalLM:
     """The model of a checkpoint's configuration, on the meta device; its tensors are compared with the checkpoint's."""
     family = FAMILIES[type(checkpoint.config)]
     try:
