@@ -240,6 +240,16 @@ def test_inputs_are_left_alone_and_outputs_are_fresh(backend: str, offsets: list
         assert all(torch.equal(args[name], before[name]) for name in args)
 
 
+@pytest.mark.parametrize("offsets", [None, [0, 5, 17]])
+def test_shapes_without_data(offsets: list[int] | None) -> None:
+    args: dict[str, Any] = {
+        name: t.to("meta") for name, t in arguments(1, 17, 4, 4, rows=2 if offsets else None).items()
+    }
+    packed = None if offsets is None else cu_seqlens(offsets, "meta")
+    y, state = causal_conv1d(**args, cu_seqlens=packed, return_final_state=True)
+    assert (y.shape, state.shape) == (args["x"].shape, args["initial_state"].shape)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -257,6 +257,13 @@ def test_custom_op_is_well_formed(summed: bool, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_shapes_without_data(reduction: str) -> None:
+    args = {name: t.to("meta") for name, t in arguments(2, 9, 4, v=7).items()}
+    loss = ours(torch.zeros(2, 9, dtype=torch.int64, device="meta"), reduction)(**args)
+    assert loss.shape == ((2, 9) if reduction == "none" else ())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -194,6 +194,12 @@ def test_autocast_leaves_the_arithmetic_alone(variant: str) -> None:
         assert_close(gradients(norm(variant), args, weights), plain, tolerance=0)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shapes_without_data(variant: str) -> None:
+    args = {name: t.to("meta") for name, t in arguments(variant, 3, 15).items()}
+    assert all(out.shape == (3, 15) for out in norm(variant)(**args))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

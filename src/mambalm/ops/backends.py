@@ -148,13 +148,13 @@ def explain(
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """True when a backend may be called directly: nothing traces, compiles or differentiates the call.
+    """True when a backend may be called directly: there is data, and nothing traces, compiles or differentiates.
 
     The detour over ``torch.library`` costs tens of microseconds, much of a decode step on a CPU.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return not needs_grad(*tensors) and all(t is None or type(t) in _PLAIN_TYPES for t in tensors)
+    return not needs_grad(*tensors) and all(t is None or (type(t) in _PLAIN_TYPES and not t.is_meta) for t in tensors)
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)

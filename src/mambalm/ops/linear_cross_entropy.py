@@ -102,7 +102,8 @@ def _factors_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of the factors of the matrix products: half precision where a float32 product of such is to be had."""
     device = x.device.type
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    # Of a meta tensor autocast would say that it does not know the device.
+    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     has_mixed_product = device == "cuda" and torch.version.hip is None
     return dtype if has_mixed_product else backends.accumulation_dtype(dtype)
