@@ -8,34 +8,19 @@ import torch
 from torch import Tensor
 
 from mambalm.ops.backends import Call
-from mambalm.ops.numba_support import parallel, rows
+from mambalm.ops.numba_support import document_offsets, floats, parallel, readable, rows, unsupported
 from mambalm.ops.selective_scan import _numba_kernels as kernels
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def supports(call: Call) -> str | None:
     """float32, bfloat16 and float16 on a CPU."""
-    if call.device.type != "cpu":
-        return f"it runs on a CPU, the tensors are on {call.device.type}"
-    if call.dtype not in _DTYPES:
-        return f"it computes in float32, the tensors are {call.dtype}"
-    return None
+    return unsupported(call)
 
 
 def checkpoint_shape(call: Call) -> tuple[int, ...]:
     """A state every KEPT_EVERY steps of each document, (slots, n, d); slots as in ``_numba_kernels``."""
     b, l = call.sizes["b"], call.sizes["l"]
     return (b * l // kernels.KEPT_EVERY + call.sizes.get("s", b), call.sizes["n"], call.sizes["d"])
-
-
-def _activation(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype in which the kernel reads: bfloat16 if all activations are, else float32."""
-    return torch.bfloat16 if all(t is None or t.dtype == torch.bfloat16 for t in tensors) else torch.float32
-
-
-def _float(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().to(torch.float32).contiguous().numpy()
 
 
 class _Inputs:
@@ -57,25 +42,15 @@ class _Inputs:
     ) -> None:
         b, l, d = u.shape
         self.n, self.groups = A.shape[1], B.shape[2]
-        if cu_seqlens is None:
-            self.offsets = np.arange(b + 1, dtype=np.int64) * l
-        else:
-            self.offsets = cu_seqlens.numpy().astype(np.int64)
+        self.offsets = document_offsets(u, cu_seqlens)
         self.documents = len(self.offsets) - 1
-        self.read = _activation(u, delta, z)
+        self.read = readable(u, delta, z)
         none = torch.empty(0, 1, dtype=self.read)
         self.activations = [rows(none if t is None else t.to(self.read)) for t in (u, delta, z)]
         self.flags = (z is not None, delta_softplus)
-        absent = np.zeros(d, np.float32)
-        self.parameters = (
-            _float(A),
-            _float(B),
-            _float(C),
-            absent if D is None else _float(D),
-            absent if delta_bias is None else _float(delta_bias),
-        )
+        self.parameters = (floats(A), floats(B), floats(C), floats(D, d), floats(delta_bias, d))
         shape = (self.documents, d, self.n)
-        self.initial = np.zeros(shape, np.float32) if initial_state is None else _float(initial_state)
+        self.initial = np.zeros(shape, np.float32) if initial_state is None else floats(initial_state)
         self.blocks = -(-d // self.groups // kernels.BLOCK)  # of a group
         self.jobs = self.documents * self.groups * self.blocks
         self.work = b * l * d * self.n
@@ -113,7 +88,7 @@ def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tenso
     dB, dC = (torch.zeros(inputs.groups * inputs.blocks, l, n) for _ in range(2))
     dA, dinitial = torch.empty(s, d, n), torch.empty(s, d, n)
     dD, dbias = torch.empty(s, d), torch.empty(s, d)
-    dfinal = np.zeros((s, d, n), np.float32) if dfinal_state is None else _float(dfinal_state)
+    dfinal = np.zeros((s, d, n), np.float32) if dfinal_state is None else floats(dfinal_state)
     outputs = (*(rows(t)[0] for t in (du, ddelta, dz)), *(t.numpy() for t in (dA, dB, dC, dD, dbias, dinitial)))
     leading = (*rows(dy.to(inputs.read)), dfinal, kept.numpy(), *inputs.leading())
     parallel(kernels.backward, inputs.jobs, inputs.work, (*leading, *outputs))
