@@ -119,8 +119,9 @@ class Mamba(nn.Module):
         device = self.A_log.device
         size = self.dt_scale / math.sqrt(self.dt_rank)
         shape = self.dt_proj.weight.shape
-        constant = self.dt_init == "constant"
-        assign(self.dt_proj.weight, torch.full(shape, size) if constant else uniform(shape, -size, size, device))
+        random = self.dt_init == "random"
+        weight = uniform(shape, -size, size, device) if random else torch.full(shape, size, device=device)
+        assign(self.dt_proj.weight, weight)
         assign(self.dt_proj.bias, step_bias(self.d_inner, self.dt_min, self.dt_max, self.dt_init_floor, device))
         assign(self.A_log, s4d_real_log(self.d_inner, self.d_state, device))
         assign(self.D, torch.ones(self.d_inner, device=device))
