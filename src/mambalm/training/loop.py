@@ -162,11 +162,11 @@ class Run:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         raise
     # What torch raises for a damaged file depends on which part of it is damaged.
     except Exception as error:
-        raise ValueError(f"{path} is damaged ({error}): restart, or put a copy of it in its place") from error
+        raise ValueError(f"{path} is damaged or no saved run: restart, or put a copy of it in its place") from error
 
 
 def train(
