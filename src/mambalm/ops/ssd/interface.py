@@ -77,10 +77,10 @@ def ssd(
     elif backends.is_plain(*tensors, initial_state, cu_seqlens):
         module = backends.choose(_call(x, B, cu_seqlens), name)
         with backends.exact(x.device):
-            y, final_state, _ = module.forward(*tensors, *rest, chunk_size, save=False)
+            y, final_state, _ = module.forward(*tensors, *rest, chunk_size, final=return_final_state, save=False)
     else:
         save = backends.needs_grad(*tensors, initial_state)
-        y, final_state, _ = _forward(*tensors, *rest, chunk_size, name, save)
+        y, final_state, _ = _forward(*tensors, *rest, chunk_size, name, return_final_state, save)
     return (y, final_state) if return_final_state else y
 
 
@@ -147,18 +147,35 @@ def _forward(
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
     backend: str,
+    final: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states that the backend's backward wants to find again (empty unless ``save``)."""
+    """y, the final state, and what the backend's backward wants to find again; empty unless ``final``, ``save``."""
     module = backends.choose(_call(x, B, cu_seqlens), backend)
     inputs = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, cu_seqlens, chunk_size)
     with backends.exact(x.device):
-        return module.forward(*inputs, save=save)
+        return module.forward(*inputs, final=final, save=save)
 
 
 @_forward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, cu_seqlens, chunk_size, backend, save
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    dt_softplus,
+    dt_min,
+    dt_max,
+    initial_state,
+    cu_seqlens,
+    chunk_size,
+    backend,
+    final,
+    save,
 ):
     call = _call(x, B, cu_seqlens)
     acc = backends.accumulation_dtype(x.dtype)
@@ -166,7 +183,7 @@ def _(  # type: ignore[no-untyped-def]
     rows = call.sizes.get("s", call.sizes["b"])
     return (
         x.new_empty(x.shape),
-        x.new_empty((rows, *x.shape[2:], B.shape[3]), dtype=acc),
+        x.new_empty((rows, *x.shape[2:], B.shape[3]) if final else (0,), dtype=acc),
         x.new_empty(kept, dtype=acc),
     )
 
@@ -211,18 +228,19 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.softplus, ctx.least, ctx.most, initial_state, cu_seqlens, ctx.chunk_size, ctx.backend, _ = inputs
+    *tensors, softplus, low, high, initial_state, cu_seqlens, chunk_size, backend, final, _ = inputs
+    ctx.steps, ctx.chunk_size, ctx.backend, ctx.final = (softplus, low, high), chunk_size, backend, final
     ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
     *tensors, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
-    rest = (ctx.softplus, ctx.least, ctx.most, initial_state, cu_seqlens, ctx.chunk_size, checkpoints, ctx.backend)
-    gradients = _backward(dy, dfinal_state, *tensors, *rest)
+    rest = (*ctx.steps, initial_state, cu_seqlens, ctx.chunk_size, checkpoints, ctx.backend)
+    gradients = _backward(dy, dfinal_state if ctx.final else None, *tensors, *rest)
     present = (*(t is not None for t in tensors), initial_state is not None)
     *gradients, dinitial = [g if there else None for g, there in zip(gradients, present, strict=True)]
-    return (*gradients, None, None, None, dinitial, None, None, None, None)
+    return (*gradients, None, None, None, dinitial, *[None] * 5)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -23,6 +23,8 @@ from mambalm.ops.ssd.layout import Block, Segment, blocks
 _CHUNK = 64
 # Elements of a segment's largest tensors: on a CPU they should stay in cache, elsewhere they should fill the device.
 _SEGMENT_ELEMENTS = {"cpu": 1 << 19}
+# The logarithm of a decay that forgets: exp of it is 0 in every dtype; finite, because 0 times -inf is not a number.
+_FORGET = -1e4
 
 
 def supports(call: Call) -> str | None:
@@ -50,7 +52,8 @@ class _Scan:
     dt_softplus: bool
     dt_min: float
     dt_max: float
-    edges: list[int]
+    edges: list[int]  # of the rows to compute
+    starts: Tensor | None  # (b l), True where a document starts within a row
     chunk: int
 
     def blocks(self) -> Iterator[Block]:
@@ -139,11 +142,22 @@ def _prepare(  # the interface's arguments
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
+    *,
+    states: bool,
 ) -> tuple[_Scan, Tensor]:
-    """The arguments flattened, and the states (b or s, h, p, n) that the documents start from, not to be written."""
+    """The arguments flattened, and the states (rows, h, p, n) that the rows start from, not to be written.
+
+    Packed documents are a row each if ``states`` of them are to come or to go; else all of them are one row, in which
+    the first token of each forgets what was before.
+    """
     b, l, h, p = x.shape
     acc = accumulation_dtype(x.dtype)
-    edges = [i * l for i in range(b + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    edges, starts = [i * l for i in range(b + 1)], None
+    if cu_seqlens is not None and (states or initial_state is not None):
+        edges = cu_seqlens.tolist()
+    elif cu_seqlens is not None:
+        starts = cu_seqlens.new_zeros(l + 1, dtype=torch.bool)
+        starts[cu_seqlens.long()] = True
     x, dt, B, C = (t.flatten(0, 1) for t in (x, dt, B, C))
     scan = _Scan(
         x,
@@ -158,10 +172,11 @@ def _prepare(  # the interface's arguments
         dt_min,
         dt_max,
         edges,
+        starts,
         chunk_size or _CHUNK,
     )
     if initial_state is None:
-        return scan, x.new_zeros((len(edges) - 1, h, p, B.shape[2]), dtype=acc)
+        return scan, scan.A.new_zeros(1, h, p, B.shape[2]).expand(len(edges) - 1, -1, -1, -1)
     return scan, initial_state.to(acc)
 
 
@@ -180,7 +195,10 @@ def _load(scan: _Scan, segment: Segment) -> _Chunks:
         step, slope = step * real, slope * real
     B, C = (segment.take(t, acc).transpose(2, 3) for t in (scan.B, scan.C))
     x = segment.take(scan.x, acc)
-    return _Chunks(x, x * step[..., None], step, slope, (step * scan.A).transpose(2, 3).contiguous(), B, C)
+    log_decay = step * scan.A
+    if scan.starts is not None:
+        log_decay.masked_fill_(segment.take(scan.starts, torch.bool)[..., None], _FORGET)
+    return _Chunks(x, x * step[..., None], step, slope, log_decay.transpose(2, 3).contiguous(), B, C)
 
 
 def _pass_on_(added: Tensor, decay: Tensor, state: Tensor, *, backwards: bool = False) -> tuple[Tensor, Tensor]:
@@ -211,10 +229,10 @@ def _carried(chunks: _Chunks, entering: Tensor) -> Tensor:
     return chunks.into_heads(chunks.C @ chunks.rows(entering).mT).mul_(chunks.from_start()[..., None])
 
 
-def forward(*arguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    """y, the final state and an empty tensor; arguments as in the interface."""
-    scan, initial = _prepare(*arguments)
-    final = scan.new_states(initial)
+def forward(*arguments, final: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    """y, the final state (empty unless asked for) and an empty tensor; arguments as in the interface."""
+    scan, initial = _prepare(*arguments, states=final)
+    states = scan.new_states(initial)
     y = torch.empty_like(arguments[0], memory_format=torch.contiguous_format)
     for block in scan.blocks():
         state = initial[block.rows]
@@ -225,15 +243,16 @@ def forward(*arguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # type: i
             if scan.z is not None:
                 out *= F.silu(segment.take(scan.z, out.dtype))
             segment.put(y, out)
-        final[block.rows] = state
-    return y, final, final.new_empty(0)
+        states[block.rows] = state
+    nothing = states.new_empty(0)
+    return y, states if final else nothing, nothing.clone()
 
 
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, segment by segment from the end."""
     *inputs, _ = arguments
-    scan, initial = _prepare(*inputs)
-    dfinal = torch.zeros_like(initial) if dfinal_state is None else dfinal_state.to(initial.dtype)
+    scan, initial = _prepare(*inputs, states=dfinal_state is not None)
+    dfinal = initial.new_zeros(1).expand_as(initial) if dfinal_state is None else dfinal_state.to(initial.dtype)
     dinitial = scan.new_states(dfinal)
     found = _Gradients(scan, dy, *inputs[:8])
     for block in scan.blocks():
