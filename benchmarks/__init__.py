@@ -1,0 +1,1 @@
+"""Speed and memory of the ops: `python -m benchmarks`, or `make bench`."""

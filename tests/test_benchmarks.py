@@ -1,0 +1,37 @@
+"""The benchmark's registry runs, and its gate refuses a backend that is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.__main__ import run, wrong_tensors
+from benchmarks.cases import CPU_CASES, GPU_CASES, Case
+from mambalm.ops.backends import OPS
+
+CPU = torch.device("cpu")
+
+
+def test_every_op_has_a_case_on_every_device() -> None:
+    assert {case.op for case in CPU_CASES} == {case.op for case in GPU_CASES} == set(OPS)
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.op)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_portable_backend_passes_the_gate(case: Case, dtype: torch.dtype) -> None:
+    assert not wrong_tensors(case.shrunk(), CPU, dtype, "portable")
+
+
+def test_a_wrong_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("rms_norm", {"b": 1, "l": 5, "d": 8})
+    assert "forward_ms" in run(case, CPU, torch.float32)
+    call = Case.call
+
+    def wrong(self: Case, arguments: dict[str, Tensor], backend: str | None = None) -> Tensor:
+        return call(self, arguments, backend) * (1.0 if backend == "reference" else 1.01)
+
+    monkeypatch.setattr(Case, "call", wrong)
+    row = run(case, CPU, torch.float32)
+    assert "forward_ms" not in row
+    assert set(row["wrong"]) == {"output", "x", "weight"}
