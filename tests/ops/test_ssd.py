@@ -3,87 +3,17 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from mambalm.ops.backends import Call, choose
-from mambalm.ops.ssd import layout, reference, ssd
-from tests.helpers import FLOAT32, assert_close, assert_no_worse, cu_seqlens, gradients, pieces, splits
+from mambalm.ops.ssd import reference, ssd
+from tests.helpers import FLOAT32, assert_close, assert_no_worse, cu_seqlens, gradients
+from tests.ops.ssd_helpers import arguments, doubled, only_y, output_weights, scan, without_states
 
 BACKENDS = ["portable", "reference"]
-TOKENS = ("x", "dt", "B", "C", "z")
-
-
-def arguments(
-    b: int,
-    l: int,
-    h: int = 4,
-    p: int = 3,
-    n: int = 5,
-    g: int = 1,
-    *,
-    rows: int | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Tensor]:
-    """Every tensor argument; activations in ``dtype``, parameters and state in float32 or float64."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64).to(to)
-
-    return {
-        "x": draw(b, l, h, p),
-        "dt": draw(b, l, h),
-        "A": -torch.rand(h, dtype=torch.float64).to(wide) * 4,
-        "B": draw(b, l, g, n),
-        "C": draw(b, l, g, n),
-        "D": draw(h, to=wide),
-        "z": draw(b, l, h, p),
-        "dt_bias": draw(h, to=wide),
-        "initial_state": draw(b if rows is None else rows, h, p, n, to=wide),
-    }
-
-
-def scan(backend: str | None, offsets: list[int] | None = None, **options: Any) -> Any:
-    packed = None if offsets is None else cu_seqlens(offsets)
-    options = {"dt_softplus": True, "chunk_size": 16} | options
-
-    def run(**kwargs: Tensor) -> tuple[Tensor, Tensor]:
-        result = ssd(**kwargs, cu_seqlens=packed, return_final_state=True, backend=backend, **options)
-        assert isinstance(result, tuple)
-        return result
-
-    return run
-
-
-def output_weights(args: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.randn_like(args["x"].double()), torch.randn_like(args["initial_state"].double())
-
-
-def doubled(args: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.double() for name, t in args.items()}
-
-
-def piecewise(offsets: list[int], backend: str, *, chained: bool) -> Any:
-    """Each piece by a call of its own; chained: the state handed on, else every piece with its row of states."""
-
-    def run(initial_state: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
-        ys, states = [], [initial_state]
-        for row, piece in enumerate(pieces(offsets)):
-            start = states[-1] if chained else initial_state[row : row + 1]
-            part = {name: t[:, piece] if name in TOKENS else t for name, t in kwargs.items()}
-            y, state = scan(backend)(**part, initial_state=start)
-            ys.append(y)
-            states.append(state)
-        return torch.cat(ys, dim=1), states[-1] if chained else torch.cat(states[1:])
-
-    return run
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -179,34 +109,6 @@ def test_portable_against_reference(
         assert_no_worse(found, gradients(scan("reference", offsets), args, weights), exact)
 
 
-@pytest.mark.parametrize(("b", "offsets"), [(1, None), (7, None), (1, [0, 90, 91, 93, 93, 200, 220, 300])])
-def test_several_segments_and_blocks(b: int, offsets: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So little room that documents are computed a few chunks at a time, and not all side by side."""
-    module = choose(Call("ssd", torch.device("cpu"), torch.float64), "portable")
-    monkeypatch.setitem(module._SEGMENT_ELEMENTS, "cpu", 4 * 16 * 48)  # h times a chunk's width times tokens
-    args = arguments(b, 300, g=2, rows=None if offsets is None else len(offsets) - 1)
-    weights = output_weights(args)
-    exact = gradients(scan("reference", offsets), args, weights)
-    assert_close(gradients(scan("portable", offsets), args, weights), exact, 1e-12)
-
-
-@given(offsets=st.integers(0, 200).flatmap(splits), chunk=st.integers(1, 70), budget=st.integers(0, 300))
-def test_layout_reads_every_token_once(offsets: list[int], chunk: int, budget: int) -> None:
-    """In order within a document, with little filling, and within the budget unless one chunk exceeds it."""
-    found: dict[int, list[int]] = {row: [] for row in range(len(offsets) - 1)}
-    places = 0
-    for block in layout.blocks(offsets, chunk, budget, torch.device("cpu")):
-        rows = torch.arange(len(found))[block.rows].tolist()
-        for segment in block.segments:
-            real = torch.ones(segment.shape).bool() if segment.real is None else segment.real.view(segment.shape)
-            for row, tokens, mask in zip(rows, segment.tokens.view(segment.shape), real, strict=True):
-                found[row] += tokens[mask].tolist()
-            assert segment.tokens.numel() <= max(budget, segment.shape[2])
-            places += segment.tokens.numel()
-    assert list(found.values()) == [list(range(i, j)) for i, j in pairwise(offsets)]
-    assert places <= 3 * offsets[-1]
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_steps_beside_large_ones(backend: str) -> None:
     """Steps that erase the state next to steps that barely touch it: nothing overflows, nothing is lost."""
@@ -237,84 +139,6 @@ def test_optional_arguments_left_out(backend: str) -> None:
     torch.testing.assert_close(y, scan("reference")(**few, **neutral)[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(data=st.data())
-@settings(max_examples=12)
-def test_any_split_gives_the_same(dtype: torch.dtype, data: st.DataObject) -> None:
-    """One pass = chunks that hand the state on: output, final state and all gradients."""
-    l = data.draw(st.integers(1, 300))
-    cuts = data.draw(splits(l))
-    args = arguments(2, l, h=2, g=data.draw(st.sampled_from([1, 2])), dtype=dtype)
-    weights = output_weights(args)
-    exact = gradients(scan("reference"), doubled(args), weights)
-    found = gradients(piecewise(cuts, "portable", chained=True), args, weights)
-    if dtype == torch.float32:
-        assert_close(found, exact)
-    else:
-        assert_no_worse(found, gradients(scan("reference"), args, weights), exact)
-
-
-@given(l=st.integers(1, 24))
-@settings(max_examples=8)
-def test_token_by_token_is_one_pass(l: int) -> None:
-    args = arguments(2, l, dtype=torch.float32)
-    weights = output_weights(args)
-    found = gradients(piecewise(list(range(l + 1)), "portable", chained=True), args, weights)
-    assert_close(found, gradients(scan("reference"), doubled(args), weights))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(data=st.data())
-@settings(max_examples=12)
-def test_packed_is_each_document_alone(dtype: torch.dtype, data: st.DataObject) -> None:
-    l = data.draw(st.integers(1, 300))
-    offsets = data.draw(splits(l))
-    args = arguments(1, l, h=2, g=data.draw(st.sampled_from([1, 2])), rows=len(offsets) - 1, dtype=dtype)
-    weights = output_weights(args)
-    alone = piecewise(offsets, "reference", chained=False)
-    exact = gradients(alone, doubled(args), weights)
-    found = gradients(scan("portable", offsets), args, weights)
-    if dtype == torch.float32:
-        assert_close(found, exact)
-    else:
-        assert_no_worse(found, gradients(alone, args, weights), exact)
-
-
-def without_states(args: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor]]:
-    """The arguments but the initial state, and a weight for y."""
-    few = {name: t for name, t in args.items() if name != "initial_state"}
-    return few, (torch.randn_like(args["x"].double()),)
-
-
-def only_y(backend: str, offsets: list[int], **options: Any) -> Any:
-    packed = cu_seqlens(offsets)
-    return lambda **kwargs: ssd(
-        **kwargs, dt_softplus=True, cu_seqlens=packed, backend=backend, **{"chunk_size": 16} | options
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(data=st.data())
-@settings(max_examples=12)
-def test_packed_without_states_is_each_document_alone(dtype: torch.dtype, data: st.DataObject) -> None:
-    """What packed training runs: documents share chunks, and none sees another."""
-    l = data.draw(st.integers(1, 300))
-    offsets = data.draw(splits(l))
-    args, weights = without_states(arguments(1, l, h=2, g=data.draw(st.sampled_from([1, 2])), dtype=dtype))
-
-    def alone(**kwargs: Tensor) -> Tensor:
-        nothing = kwargs["A"].new_zeros(len(offsets) - 1, 2, 3, 5)
-        y: Tensor = piecewise(offsets, "reference", chained=False)(initial_state=nothing, **kwargs)[0]
-        return y
-
-    exact = gradients(alone, doubled(args), weights)
-    found = gradients(only_y("portable", offsets), args, weights)
-    if dtype == torch.float32:
-        assert_close(found, exact)
-    else:
-        assert_no_worse(found, gradients(alone, args, weights), exact)
-
-
 @pytest.mark.parametrize("offsets", [[0], [0, 0, 0], [0, 0, 1, 1, 5, 9, 9]])
 def test_packed_without_states_gradcheck(offsets: list[int]) -> None:
     args, _ = without_states(arguments(1, offsets[-1], h=2, p=2, n=2, g=2))
@@ -322,20 +146,6 @@ def test_packed_without_states_gradcheck(offsets: list[int]) -> None:
     run = only_y("portable", offsets, chunk_size=3)
     assert torch.autograd.gradcheck(lambda *ts: run(**dict(zip(leaves, ts, strict=True))), list(leaves.values()))
     torch.testing.assert_close(run(**args), only_y("reference", offsets)(**args))
-
-
-def test_a_document_does_not_see_its_neighbours() -> None:
-    """A document of NaN leaves the others, which share its chunks, bit for bit as they were."""
-    args = arguments(1, 30, rows=3, dtype=torch.float32)
-    run = scan("portable", [0, 5, 20, 30])
-    y, state = run(**args)
-    poisoned = args | {name: args[name].index_fill(1, torch.arange(5, 20), math.nan) for name in TOKENS}
-    y_poisoned, state_poisoned = run(**poisoned)
-    for piece in (slice(0, 5), slice(20, 30)):
-        assert torch.equal(y_poisoned[:, piece], y[:, piece])
-    assert torch.equal(state_poisoned[[0, 2]], state[[0, 2]])
-    first = {name: t.index_fill(1, torch.arange(5), math.nan) if name in TOKENS else t for name, t in args.items()}
-    assert torch.equal(run(**first)[0][:, 5:], y[:, 5:])
 
 
 def test_strided_inputs() -> None:
@@ -414,68 +224,3 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
     args = arguments(2, 8, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         ssd(**(args | change))
-
-
-def portable_calls(length: int, h: int, offsets: list[int] | None = None, states: bool = True) -> list[Any]:
-    """Portable's forward and backward with everything on (but states), as functions without arguments."""
-    module = choose(Call("ssd", torch.device("cpu"), torch.float32), "portable")
-    rows = None if offsets is None else len(offsets) - 1
-    args = arguments(1, length, h=h, p=16, n=32, rows=rows, dtype=torch.float32)
-    packed = None if offsets is None else cu_seqlens(offsets)
-    *tensors, initial_state = args.values()
-    rest = (True, 0.0, math.inf, initial_state if states else None, packed, None)
-    dy, dstate = torch.ones_like(args["x"]), torch.ones_like(initial_state) if states else None
-    return [
-        lambda: module.forward(*tensors, *rest, final=states, save=True),
-        lambda: module.backward(dy, dstate, *tensors, *rest, torch.empty(0)),
-    ]
-
-
-def test_memory_is_bounded_by_a_segment() -> None:
-    """From a certain length on, no allocation grows with it but the outputs."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Allocations(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.largest = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                fresh = isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in inputs
-                if fresh and func is not torch.ops.aten.empty_like.default:
-                    self.largest = max(self.largest, t.numel())
-            return out
-
-    for call, longer in zip(portable_calls(8192, h=8), portable_calls(16384, h=8), strict=True):
-        with Allocations() as short:
-            call()
-        with Allocations() as long:
-            longer()
-        assert 0 < long.largest == short.largest
-
-
-@pytest.mark.parametrize("states", [True, False])
-def test_short_documents_are_computed_side_by_side(states: bool) -> None:
-    """No loop over documents: 2,000 of them take no more operations than 200 with as many tokens."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.seen += 1
-            return func(*args, **(kwargs or {}))
-
-    def operations(documents: int) -> list[int]:
-        offsets = (torch.arange(8) * (2000 // documents)).repeat(documents // 8).cumsum(0).tolist()
-        counts = []
-        for call in portable_calls(offsets[-1], 1, [0, *offsets], states):
-            with Count() as count:
-                call()
-            counts.append(count.seen)
-        return counts
-
-    assert all(many <= few for many, few in zip(operations(2000), operations(200), strict=True))

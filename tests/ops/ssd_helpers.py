@@ -1,0 +1,92 @@
+"""What the tests of ssd share: arguments, and the op called whole, packed and piece by piece."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambalm.ops.ssd import ssd
+from tests.helpers import cu_seqlens, pieces
+
+TOKENS = ("x", "dt", "B", "C", "z")
+
+
+def arguments(
+    b: int,
+    l: int,
+    h: int = 4,
+    p: int = 3,
+    n: int = 5,
+    g: int = 1,
+    *,
+    rows: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """Every tensor argument; activations in ``dtype``, parameters and state in float32 or float64."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).to(to)
+
+    return {
+        "x": draw(b, l, h, p),
+        "dt": draw(b, l, h),
+        "A": -torch.rand(h, dtype=torch.float64).to(wide) * 4,
+        "B": draw(b, l, g, n),
+        "C": draw(b, l, g, n),
+        "D": draw(h, to=wide),
+        "z": draw(b, l, h, p),
+        "dt_bias": draw(h, to=wide),
+        "initial_state": draw(b if rows is None else rows, h, p, n, to=wide),
+    }
+
+
+def scan(backend: str | None, offsets: list[int] | None = None, **options: Any) -> Any:
+    packed = None if offsets is None else cu_seqlens(offsets)
+    options = {"dt_softplus": True, "chunk_size": 16} | options
+
+    def run(**kwargs: Tensor) -> tuple[Tensor, Tensor]:
+        result = ssd(**kwargs, cu_seqlens=packed, return_final_state=True, backend=backend, **options)
+        assert isinstance(result, tuple)
+        return result
+
+    return run
+
+
+def output_weights(args: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.randn_like(args["x"].double()), torch.randn_like(args["initial_state"].double())
+
+
+def doubled(args: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.double() for name, t in args.items()}
+
+
+def piecewise(offsets: list[int], backend: str, *, chained: bool) -> Any:
+    """Each piece by a call of its own; chained: the state handed on, else every piece with its row of states."""
+
+    def run(initial_state: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
+        ys, states = [], [initial_state]
+        for row, piece in enumerate(pieces(offsets)):
+            start = states[-1] if chained else initial_state[row : row + 1]
+            part = {name: t[:, piece] if name in TOKENS else t for name, t in kwargs.items()}
+            y, state = scan(backend)(**part, initial_state=start)
+            ys.append(y)
+            states.append(state)
+        return torch.cat(ys, dim=1), states[-1] if chained else torch.cat(states[1:])
+
+    return run
+
+
+def without_states(args: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor]]:
+    """The arguments but the initial state, and a weight for y."""
+    few = {name: t for name, t in args.items() if name != "initial_state"}
+    return few, (torch.randn_like(args["x"].double()),)
+
+
+def only_y(backend: str, offsets: list[int], **options: Any) -> Any:
+    packed = cu_seqlens(offsets)
+    return lambda **kwargs: ssd(
+        **kwargs, dt_softplus=True, cu_seqlens=packed, backend=backend, **{"chunk_size": 16} | options
+    )
