@@ -61,7 +61,8 @@ class Block(nn.Module):
         """
         if self.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        y, new_state = self.mixer(_normalised(self.norm, x), state, cu_seqlens, return_state=True)
+        mixed = self.mixer(_normalised(self.norm, x), state, cu_seqlens, return_state=return_state)
+        y, new_state = mixed if return_state else (mixed, None)
         x = x + y
         if self.norm2 is not None and self.mlp is not None:
             x = x + self.mlp(_normalised(self.norm2, x))
