@@ -17,6 +17,8 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from mambalm.ops.backends import Call
+
 f32 = np.float32
 LOG2_E = f32(1.4426950408889634)
 
@@ -90,6 +92,15 @@ def softplus(x):  # type: ignore[no-untyped-def]
     return max(x, f32(0.0)) + p * y
 
 
+@inline
+def part(array, start, width):  # type: ignore[no-untyped-def]
+    """``width`` elements from ``start`` on.
+
+    Indexed from 0 they vectorise; at ``start + i``, which might be negative for all that numba knows, they do not.
+    """
+    return array[start : start + width]
+
+
 def widen(value):  # type: ignore[no-untyped-def]
     """An activation as float32: bfloat16 travels as the uint16 of its bits."""
     raise NotImplementedError("only inside kernels")
@@ -119,6 +130,37 @@ def _narrow(array, value):  # type: ignore[no-untyped-def]
         return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
     return rounded
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the numba kernels cannot run a call; None if they can."""
+    if call.device.type != "cpu":
+        return f"it runs on a CPU, the tensors are on {call.device.type}"
+    if call.dtype not in _DTYPES:
+        return f"it computes in float32, the tensors are {call.dtype}"
+    return None
+
+
+def readable(*activations: Tensor | None) -> torch.dtype:
+    """The dtype in which a kernel reads activations: bfloat16 if all of them are, else float32."""
+    return torch.bfloat16 if all(t is None or t.dtype == torch.bfloat16 for t in activations) else torch.float32
+
+
+def floats(tensor: Tensor | None, size: int = 0) -> np.ndarray:
+    """A parameter or a state as contiguous float32; ``size`` zeros if it is None."""
+    if tensor is None:
+        return np.zeros(size, np.float32)
+    return tensor.detach().to(torch.float32).contiguous().numpy()
+
+
+def document_offsets(x: Tensor, cu_seqlens: Tensor | None) -> np.ndarray:
+    """Where the documents of x (b, l, ...) begin in its flattened tokens, int64 (s + 1): the rows unless packed."""
+    if cu_seqlens is None:
+        return np.arange(x.shape[0] + 1, dtype=np.int64) * x.shape[1]
+    return cu_seqlens.numpy().astype(np.int64)
 
 
 def rows(tensor: Tensor) -> tuple[np.ndarray, int]:

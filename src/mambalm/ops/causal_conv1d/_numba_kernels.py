@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from mambalm.ops.numba_support import f32, inline, kernel, narrow, sigmoid, widen
+from mambalm.ops.numba_support import f32, inline, kernel, narrow, part, sigmoid, widen
 
 # Channels that are computed together (their rows stay in the first-level cache) and tokens of a job of the forward.
 BLOCK = 256
@@ -16,23 +16,26 @@ TILE = 64
 def _load(t, begin, document, e, width, x, x_row, initial, row):  # type: ignore[no-untyped-def]
     """The input of token t, or of the state when t lies before the document's ``begin``."""
     if t >= begin:
+        source = part(x, t * x_row + e, width)
         for c in range(width):
-            row[c] = widen(x[t * x_row + e + c])
+            row[c] = widen(source[c])
     else:
-        slot = t - begin + initial.shape[1]
+        kept = part(initial[document, t - begin + initial.shape[1]], e, width)
         for c in range(width):
-            row[c] = initial[document, slot, e + c]
+            row[c] = kept[c]
 
 
 @inline
 def _convolve(t, begin, document, e, width, x, x_row, weight, bias, initial, row, out):  # type: ignore[no-untyped-def]
     taps = weight.shape[0]
+    offset = part(bias, e, width)
     for c in range(width):
-        out[c] = bias[e + c]
+        out[c] = offset[c]
     for j in range(taps):
         _load(t - (taps - 1) + j, begin, document, e, width, x, x_row, initial, row)
+        tap = part(weight[j], e, width)
         for c in range(width):
-            out[c] += weight[j, e + c] * row[c]
+            out[c] += tap[c] * row[c]
 
 
 @kernel
@@ -53,14 +56,16 @@ def forward(first, last, offsets, tiles, x, x_row, weight, bias, silu, initial, 
                 if silu:
                     for c in range(width):
                         out[c] *= sigmoid(out[c])
+                target = part(y, t * d + e, width)
                 for c in range(width):
-                    y[t * d + e + c] = narrow(y, out[c])
+                    target[c] = narrow(target, out[c])
 
 
 @inline
 def _through_activation(t, e, width, dy, dy_row, silu, out, dout):  # type: ignore[no-untyped-def]
+    source = part(dy, t * dy_row + e, width)
     for c in range(width):
-        dout[c] = widen(dy[t * dy_row + e + c])
+        dout[c] = widen(source[c])
     if silu:
         for c in range(width):
             s = sigmoid(out[c])
@@ -90,27 +95,32 @@ def backward(  # type: ignore[no-untyped-def]
                 if t < end:
                     _convolve(t, begin, document, e, width, x, x_row, weight, bias, initial, row, out)
                     _through_activation(t, e, width, dy, dy_row, silu, out, dout)
+                    total = part(dbias, e, width)
                     for c in range(width):
-                        dbias[e + c] += dout[c]
+                        total[c] += dout[c]
                     for j in range(taps):
                         _load(t - (taps - 1) + j, begin, document, e, width, x, x_row, initial, row)
+                        dtap = part(dweight[j], e, width)
                         for c in range(width):
-                            dweight[j, e + c] += dout[c] * row[c]
+                            dtap[c] += dout[c] * row[c]
                 else:
                     dout[:] = f32(0)
                 out[:] = f32(0)
                 for j in range(taps):
                     if t - j >= begin:
-                        past = ring[(t - j) % taps]
+                        past, tap = ring[(t - j) % taps], part(weight[j], e, width)
                         for c in range(width):
-                            out[c] += weight[j, e + c] * past[c]
+                            out[c] += tap[c] * past[c]
                 kept = position - (end - (taps - 1))
                 if kept >= 0:
+                    handed_on = part(dfinal[document, kept], e, width)
                     for c in range(width):
-                        out[c] += dfinal[document, kept, e + c]
+                        out[c] += handed_on[c]
                 if position >= begin:
+                    target = part(dx, position * d + e, width)
                     for c in range(width):
-                        dx[position * d + e + c] = narrow(dx, out[c])
+                        target[c] = narrow(target, out[c])
                 else:
+                    before = part(dinitial[document, position - begin + taps - 1], e, width)
                     for c in range(width):
-                        dinitial[document, position - begin + taps - 1, e + c] = out[c]
+                        before[c] = out[c]

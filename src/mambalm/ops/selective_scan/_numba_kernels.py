@@ -7,7 +7,7 @@ that Δ, Δu and y are read once for eight.
 
 import numpy as np
 
-from mambalm.ops.numba_support import LOG2_E, exp2, f32, inline, kernel, narrow, sigmoid, softplus, sums, widen
+from mambalm.ops.numba_support import LOG2_E, exp2, f32, inline, kernel, narrow, part, sigmoid, softplus, sums, widen
 
 BLOCK = 128
 # Steps between the states that the forward keeps for the backward. Document i keeps its states from slot
@@ -33,9 +33,12 @@ def _locate(job, d, groups):  # type: ignore[no-untyped-def]
 @inline
 def _load_step(t, e, width, u, u_row, delta, delta_row, bias, soft, x, raw, step):  # type: ignore[no-untyped-def]
     """u, delta + bias and Δ of a step into local rows."""
+    values, offset = part(u, t * u_row + e, width), part(bias, e, width)
     for j in range(width):
-        x[j] = widen(u[t * u_row + e + j])
-        raw[j] = widen(delta[t * delta_row + e + j]) + bias[e + j]
+        x[j] = widen(values[j])
+    steps = part(delta, t * delta_row + e, width)
+    for j in range(width):
+        raw[j] = widen(steps[j]) + offset[j]
     if soft:
         for j in range(BLOCK):
             step[j] = softplus(raw[j])
@@ -127,8 +130,9 @@ def forward(  # type: ignore[no-untyped-def]
             if save and (t - begin) % KEPT_EVERY == 0:
                 slot = begin // KEPT_EVERY + document + (t - begin) // KEPT_EVERY
                 for i in range(n):
+                    target = part(kept[slot, i], e, width)
                     for j in range(width):
-                        kept[slot, i, e + j] = h[i, j]
+                        target[j] = h[i, j]
             _load_step(t, e, width, u, u_row, delta, delta_row, bias, soft, x, raw, step)
             _load_padded(t, group, B, b)
             _load_padded(t, group, C, c)
@@ -136,14 +140,17 @@ def forward(  # type: ignore[no-untyped-def]
                 inflow[j] = step[j] * x[j]
                 out[j] = f32(0)
             _update(h, rate, step, inflow, out, b, c)
+            skip = part(D, e, width)
             for j in range(width):
-                out[j] += D[e + j] * x[j]
+                out[j] += skip[j] * x[j]
             if gated:
+                gate = part(z, t * z_row + e, width)
                 for j in range(width):
-                    g = widen(z[t * z_row + e + j])
+                    g = widen(gate[j])
                     out[j] *= g * sigmoid(g)
+            result = part(y, t * d + e, width)
             for j in range(width):
-                y[t * d + e + j] = narrow(y, out[j])
+                result[j] = narrow(result, out[j])
         for j in range(width):
             for i in range(n):
                 final[document, e + j, i] = h[i, j]
@@ -223,13 +230,15 @@ def _step_back(g, a, before, after, A, step, inflow, dy, b, c, dA, dstep, dinflo
 @inline
 def _through_gate(t, e, width, dout, dout_row, z, z_row, gated, y, dy, dz, dz_row):  # type: ignore[no-untyped-def]
     """dy and dz of a step from the gradient of the output."""
+    source = part(dout, t * dout_row + e, width)
     for j in range(width):
-        dy[j] = widen(dout[t * dout_row + e + j])
+        dy[j] = widen(source[j])
     if gated:
+        gate, target = part(z, t * z_row + e, width), part(dz, t * dz_row + e, width)
         for j in range(width):
-            v = widen(z[t * z_row + e + j])
+            v = widen(gate[j])
             s = sigmoid(v)
-            dz[t * dz_row + e + j] = narrow(dz, dy[j] * y[j] * s * (f32(1) + v * (f32(1) - s)))
+            target[j] = narrow(target, dy[j] * y[j] * s * (f32(1) + v * (f32(1) - s)))
             dy[j] *= v * s
 
 
@@ -298,8 +307,9 @@ def backward(  # type: ignore[no-untyped-def]
             length = min(KEPT_EVERY, end - start)
             slot = begin // KEPT_EVERY + document + chunk
             for i in range(n):
+                source = part(kept[slot, i], e, width)
                 for j in range(width):
-                    h[0, i, j] = kept[slot, i, e + j]
+                    h[0, i, j] = source[j]
             for k in range(length):
                 t = start + k
                 _load_step(t, e, width, u, u_row, delta, delta_row, bias, soft, x[k], raw[k], step[k])
@@ -309,8 +319,9 @@ def backward(  # type: ignore[no-untyped-def]
                     inflow[k, j] = step[k, j] * x[k, j]
                     y[k, j] = f32(0)
                 _recompute(a[k], h[k], h[k + 1], rates, step[k], inflow[k], y[k], b, c)
+                skip = part(D, e, width)
                 for j in range(width):
-                    y[k, j] += D[e + j] * x[k, j]
+                    y[k, j] += skip[j] * x[k, j]
             for k in range(length - 1, -1, -1):
                 t = start + k
                 _through_gate(t, e, width, dout, dout_row, z, z_row, gated, y[k], dy, dz, d)
@@ -323,16 +334,18 @@ def backward(  # type: ignore[no-untyped-def]
                 for i in range(n):
                     dB[block, t, i] = db[i]
                     dC[block, t, i] = dc[i]
+                target, skip = part(du, t * d + e, width), part(D, e, width)
                 for j in range(width):
                     sum_D[j] += dy[j] * x[k, j]
-                    du[t * d + e + j] = narrow(du, dinflow[j] * step[k, j] + dy[j] * D[e + j])
+                    target[j] = narrow(target, dinflow[j] * step[k, j] + dy[j] * skip[j])
                     dstep[j] += dinflow[j] * x[k, j]
                 if soft:
                     for j in range(width):
                         dstep[j] *= sigmoid(raw[k, j])
+                target = part(ddelta, t * d + e, width)
                 for j in range(width):
                     sum_bias[j] += dstep[j]
-                    ddelta[t * d + e + j] = narrow(ddelta, dstep[j])
+                    target[j] = narrow(target, dstep[j])
         for j in range(width):
             dD[document, e + j] = sum_D[j]
             dbias[document, e + j] = sum_bias[j]
