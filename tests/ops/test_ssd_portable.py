@@ -63,7 +63,7 @@ def portable_calls(length: int, h: int, offsets: list[int] | None = None, states
 
 
 def test_memory_is_bounded_by_a_segment() -> None:
-    """From a certain length on, no allocation grows with it but the outputs."""
+    """No tensor but the outputs is larger for a longer sequence."""
 
     class Allocations(TorchDispatchMode):
         def __init__(self) -> None:

@@ -2,14 +2,15 @@
 
 Within a chunk the scan is the masked attention (L ∘ C Bᵀ) X, between chunks a recurrence of states. Everything is a
 batched matrix product over the chunks of a segment; memory beyond inputs and outputs is that of one segment, and in
-the backward one state per segment. Axes of a segment: r documents, k chunks, q tokens, e = (h / g) p channels of a
-group.
+the backward of as many states as the square root of the number of segments, twice. Axes of a segment: r documents,
+k chunks, q tokens, e = (h / g) p channels of a group.
 
 No exponent is positive (for A < 0), and no sum of step sizes is the difference of two longer ones, which would lose
 small steps beside a large one to rounding.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ _CHUNK = 64
 _SEGMENT_ELEMENTS = {"cpu": 1 << 19}
 # The logarithm of a decay that forgets: exp of it is 0 in every dtype; finite, because 0 times -inf is not a number.
 _FORGET = -1e4
+# The backward keeps the states between stretches of so many segments, or of the square root of all, and those within.
+_STRETCH = 16
 
 
 def supports(call: Call) -> str | None:
@@ -248,6 +251,15 @@ def forward(*arguments, final: bool, save: bool) -> tuple[Tensor, Tensor, Tensor
     return y, states if final else nothing, nothing.clone()
 
 
+def _states_before(scan: _Scan, segments: list[Segment], state: Tensor) -> Iterator[Tensor]:
+    """The state that enters each of consecutive segments, computed when it is asked for."""
+    yield state
+    for segment in segments[:-1]:
+        chunks = _load(scan, segment)
+        state = _pass_on_(chunks.added(), chunks.through(), state)[1].clone()  # not a view that keeps the rest alive
+        yield state
+
+
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, segment by segment from the end."""
     *inputs, _ = arguments
@@ -256,15 +268,14 @@ def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tenso
     dinitial = scan.new_states(dfinal)
     found = _Gradients(scan, dy, *inputs[:8])
     for block in scan.blocks():
-        state, starts = initial[block.rows], []
-        for segment in block.segments:
-            starts.append(state)
-            if segment is not block.segments[-1]:
-                chunks = _load(scan, segment)
-                state = _pass_on_(chunks.added(), chunks.through(), state)[1].clone()
-        dstate = dfinal[block.rows]
-        for segment in reversed(block.segments):
-            dstate = found.segment(segment, starts.pop(), dstate)
+        dstate, count = dfinal[block.rows], len(block.segments)
+        every = max(_STRETCH, math.isqrt(count))
+        before = _states_before(scan, block.segments, initial[block.rows])
+        kept = list(itertools.islice(before, 0, (count - 1) // every * every + 1, every))
+        for index, start in reversed(list(enumerate(kept))):
+            stretch = block.segments[index * every : (index + 1) * every]
+            for segment, state in reversed(list(zip(stretch, _states_before(scan, stretch, start), strict=True))):
+                dstate = found.segment(segment, state, dstate)
         dinitial[block.rows] = dstate
     return found.dx, found.ddt, found.dA, found.dB, found.dC, found.dD, found.dz, found.dbias, dinitial
 
