@@ -153,7 +153,8 @@ def floats(tensor: Tensor | None, size: int = 0) -> np.ndarray:
     """A parameter or a state as contiguous float32; ``size`` zeros if it is None."""
     if tensor is None:
         return np.zeros(size, np.float32)
-    return tensor.detach().to(torch.float32).contiguous().numpy()
+    # A copy: numpy fixes the size of the storage that it views, and FSDP2 resizes that of parameters.
+    return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
 
 
 def document_offsets(x: Tensor, cu_seqlens: Tensor | None) -> np.ndarray:
