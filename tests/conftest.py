@@ -26,13 +26,22 @@ class Module(pytest.Module):
     """A test module that is skipped, by name, when a package of an extra is not installed."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
-        tree = ast.parse(self.path.read_text())
-        imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
-        tops = {name.partition(".")[0] for name in imported}
-        if missing := [name for name in OPTIONAL if name in tops and find_spec(name) is None]:
+        wanted = {name.partition(".")[0] for name in _imports(self.path)}
+        if missing := [name for name in OPTIONAL if name in wanted and find_spec(name) is None]:
             pytest.skip(f"needs {', '.join(missing)}: pip install 'mambalm[dev]'")
         return super().collect()
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """The modules that a file imports at its top, those of the tests' own modules included."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            helper = (Path(__file__).parents[1] / node.module.replace(".", "/")).with_suffix(".py")
+            if node.module.startswith("tests.") and helper.exists():
+                yield from _imports(helper)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:

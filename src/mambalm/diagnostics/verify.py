@@ -114,7 +114,7 @@ def measure(
     """
     tensors, structure = pytree.tree_flatten(initial)
     tensors = [t.detach().clone().requires_grad_(gradients and t.is_floating_point()) for t in tensors]
-    parameters = _masters(model)
+    parameters = _masters(model) if gradients else {}
     with torch.set_grad_enabled(gradients):
         reading = form(_calling(model, parameters), documents, pytree.tree_unflatten(tensors, structure))
         logits = {f"document {i}": rows for i, rows in enumerate(reading.logits)}
@@ -130,8 +130,11 @@ def measure(
 
 def _masters(model: MambalmForCausalLM) -> dict[str, Tensor]:
     """The parameters that get gradients, those in half precision in float32."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return {name: (p.float() if p.dtype in HALF else p).clone().requires_grad_() for name, p in trained.items()}
+    return {
+        name: p.detach().to(torch.float32 if p.dtype in HALF else p.dtype, copy=True).requires_grad_()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def _calling(model: MambalmForCausalLM, masters: Mapping[str, Tensor]) -> Model:
