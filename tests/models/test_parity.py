@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import FLOAT32, assert_close, relative_error
-from tests.models.tiny import STOCK, Family, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+from tests.helpers import FLOAT32, assert_close, relative_error
+from tests.models.tiny import STOCK, Family, tokens
 
 pytestmark = pytest.mark.usefixtures("portable")
 

@@ -69,7 +69,9 @@ def mamba(**changes: Any) -> MambaConfig:
 
 def falcon_mamba(**changes: Any) -> FalconMambaConfig:
     """As falcon-mamba-7b has it: `expand` says 16, `intermediate_size` something else and counts; untied."""
-    odd = {"state_size": 4, "expand": 16, "intermediate_size": 40, "tie_word_embeddings": False}
+    odd = {"expand": 16, "intermediate_size": 40, "tie_word_embeddings": False}
+    # Of one channel alone the norm of Δ leaves the sign, and its gradient is all rounding.
+    odd |= {"state_size": 4, "time_step_rank": 4}
     return FalconMambaConfig(**SIZES | odd | changes)
 
 

@@ -19,7 +19,7 @@ from mambalm.layers import Attention, Block, GatedMLP, Mamba, Mamba2, RMSNorm
 from mambalm.layers.state import State
 from mambalm.models.cache import StateCache, is_recurrent, new_cache, read_cache, write_cache
 from mambalm.models.padding import Packing, find_packing
-from mambalm.models.quantized import plain_step_projections, with_default_skips
+from mambalm.models.quantized import plain_step_projections, require_intact_weights, with_default_skips
 from mambalm.ops import linear_cross_entropy
 
 IGNORE_INDEX = -100
@@ -101,6 +101,15 @@ class MambalmPreTrainedModel(PreTrainedModel):
         if quantization_config is not None:
             kwargs["quantization_config"] = with_default_skips(quantization_config)
         return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' `save_pretrained`, which writes every tensor in the dtype that it has.
+
+        Raises:
+            ValueError: 4-bit weights that bitsandbytes would write wrong.
+        """
+        require_intact_weights(self)
+        super().save_pretrained(*args, **kwargs)
 
 
 class MambalmModel(MambalmPreTrainedModel):

@@ -27,6 +27,21 @@ def with_default_skips(quantization_config: Any) -> Any:
     return quantization_config
 
 
+def require_intact_weights(model: nn.Module) -> None:
+    """Refuse to save 4-bit weights that bitsandbytes 0.50 has rearranged for the CPU: its way back is wrong.
+
+    Raises:
+        ValueError: a module has run on a CPU since it was loaded.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name} has run on the CPU, and bitsandbytes cannot write its 4-bit weights unharmed any more: "
+                "load the checkpoint again and save it before the first forward pass"
+            )
+
+
 def plain_step_projections(model: nn.Module) -> None:
     """Make every dt_proj a plain Linear if the config's quantisation covers it: quantisers replace only those.
 

@@ -1,0 +1,262 @@
+"""The equalities: a row alone = in chunks = token by token = padded in a batch = packed, with gradients and states."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mambalm import State
+from mambalm.layers.state import AttentionState
+from mambalm.models.common import MambalmForCausalLM
+from tests.helpers import assert_close, assert_no_worse, cu_seqlens, pieces, splits
+from tests.models.tiny import FAMILIES, tokens
+
+pytestmark = pytest.mark.usefixtures("portable")
+
+# A way to read several rows on from a state of as many: logits per row, and the new state.
+Read = Callable[[MambalmForCausalLM, list[Tensor], State], tuple[list[Tensor], State]]
+
+
+def alone(model: MambalmForCausalLM, rows: list[Tensor], state: State) -> tuple[list[Tensor], State]:
+    """Each row by itself, in one pass: what all the other ways must give."""
+    outputs = [model(row[None], cache_params=state[i]) for i, row in enumerate(rows)]
+    return [output.logits[0] for output in outputs], State.cat([output.cache_params for output in outputs])
+
+
+def in_chunks(offsets: list[int]) -> Read:
+    """Each row by itself, split at the offsets."""
+
+    def read(model: MambalmForCausalLM, rows: list[Tensor], state: State) -> tuple[list[Tensor], State]:
+        logits, states = [], []
+        for i, row in enumerate(rows):
+            after, parts = state[i], []
+            for piece in pieces(offsets):
+                output = model(row[None, piece], cache_params=after)
+                after = output.cache_params
+                parts.append(output.logits[0])
+            logits.append(torch.cat(parts))
+            states.append(after)
+        return logits, State.cat(states)
+
+    return read
+
+
+def padded(left: bool, extra: int, longer_mask: int = 0) -> Read:
+    """All rows in one batch, padded to the longest and `extra` more with tokens that must not be seen."""
+
+    def read(model: MambalmForCausalLM, rows: list[Tensor], state: State) -> tuple[list[Tensor], State]:
+        longest = max(len(row) for row in rows) + extra
+        ids = tokens(len(rows), longest, seed=99)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            place = slice(longest - len(row), longest) if left else slice(0, len(row))
+            ids[i, place], mask[i, place] = row, 1
+        # What was read before may be covered by the mask, too: its last columns count.
+        whole = torch.cat([torch.ones(len(rows), longer_mask, dtype=torch.long), mask], dim=1)
+        output = model(ids, attention_mask=whole, cache_params=state)
+        return [output.logits[i][mask[i] == 1] for i in range(len(rows))], output.cache_params
+
+    return read
+
+
+def packed(model: MambalmForCausalLM, rows: list[Tensor], state: State) -> tuple[list[Tensor], State]:
+    """All rows in one, end to end."""
+    lengths = [len(row) for row in rows]
+    offsets = [sum(lengths[:i]) for i in range(len(rows) + 1)]
+    output = model(torch.cat(rows)[None], cu_seqlens=cu_seqlens(offsets), cache_params=state)
+    return list(output.logits[0].split(lengths)), output.cache_params
+
+
+def contents(state: State) -> dict[str, Tensor]:
+    """Every tensor of a state; of keys and values the valid entries only."""
+    found = {"position": state.position}
+    for index, layer in enumerate(state.layers):
+        if isinstance(layer, AttentionState):
+            valid = torch.arange(layer.keys.shape[1]) < layer.lengths[:, None]
+            found |= {f"{index} keys": layer.keys[valid], f"{index} values": layer.values[valid]}
+        else:
+            found |= {f"{index} ssm": layer.ssm}
+        found |= {} if layer.conv is None else {f"{index} conv": layer.conv}
+    return found
+
+
+def leaves(state: State) -> list[Tensor]:
+    return [t for layer in state.layers for t in vars(layer).values() if t is not None and t.is_floating_point()]
+
+
+def outcome(model: MambalmForCausalLM, read: Read, lengths: list[int], prefix: int) -> dict[str, Tensor]:
+    """Logits, final state, and the gradients of their weighted sum in the parameters and the first state."""
+    state = model.init_state(len(lengths))
+    if prefix:
+        with torch.no_grad():
+            state = model(tokens(len(lengths), prefix, seed=5), cache_params=state).cache_params
+    state = state.clone()
+    first = [leaf.requires_grad_() for leaf in leaves(state)]
+    rows = [tokens(length, seed=length) for length in lengths]
+    logits, final = read(model, rows, state)
+    outputs = {"logits": torch.cat(logits)} | contents(final)
+    fixed = torch.Generator().manual_seed(7)
+    total = sum((out * torch.randn(out.shape, generator=fixed).to(out.dtype)).sum() for out in outputs.values())
+    names = [name for name, _ in model.named_parameters()] + [f"first {i}" for i in range(len(first))]
+    assert isinstance(total, Tensor)
+    found = torch.autograd.grad(total, [*model.parameters(), *first], materialize_grads=True)
+    gradients = {f"d {name}": gradient for name, gradient in zip(names, found, strict=True)}
+    return {name: out.detach() for name, out in outputs.items()} | gradients
+
+
+def exact(model: MambalmForCausalLM, lengths: list[int], prefix: int) -> dict[str, Tensor]:
+    return outcome(copy.deepcopy(model).double(), alone, lengths, prefix)
+
+
+def joined(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logits, states and gradients as one vector each, every tensor in units of its norm.
+
+    In the small tensors of a tiny model the error of rounding is a matter of luck; in all together it is not.
+    """
+    kinds: dict[str, list[Tensor]] = {"logits": [], "states": [], "gradients": []}
+    for name, value in found.items():
+        kind = "logits" if name == "logits" else "gradients" if name.startswith("d ") else "states"
+        kinds[kind].append(value.double().flatten() / (truth[name].double().norm() or 1))
+    return {kind: torch.cat(values) for kind, values in kinds.items()}
+
+
+FORMS = [in_chunks([0, 5, 5, 6, 12]), in_chunks(list(range(13))), padded(True, 2), padded(False, 1, 3), packed]
+NAMES = ["chunks", "tokens", "left", "right", "packed"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_float32(name: str, form: Read, prefix: int) -> None:
+    model = FAMILIES[name].model()
+    chunked = NAMES[FORMS.index(form)] in ("chunks", "tokens")
+    lengths = [12, 12] if chunked else [12, 1, 7]
+    assert_close(outcome(model, form, lengths, prefix), exact(model, lengths, prefix))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+def test_bfloat16(name: str, form: Read) -> None:
+    """No way of reading is worse than twice what one pass over each row loses to rounding."""
+    from mambalm import ops
+
+    model = FAMILIES[name].model(residual_in_fp32=False).bfloat16()
+    with ops.use_backend("reference"):
+        rounded = outcome(model, alone, [12, 12], 3)
+    truth = exact(model, [12, 12], 3)
+    assert_no_worse(*(joined(found, truth) for found in (outcome(model, form, [12, 12], 3), rounded, truth)))
+
+
+@settings(max_examples=12)
+@given(data=st.data(), name=st.sampled_from(sorted(FAMILIES)), prefix=st.integers(0, 5))
+def test_any_split_padding_and_packing(data: st.DataObject, name: str, prefix: int) -> None:
+    from mambalm import ops
+
+    model = FAMILIES[name].model()
+    lengths = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(any))
+    extra = data.draw(st.integers(0, 3))
+    forms = [packed, padded(data.draw(st.booleans()), extra, data.draw(st.integers(0, 2)))]
+    if len(set(lengths)) == 1:
+        forms.append(in_chunks(data.draw(splits(lengths[0]))))
+    with ops.use_backend("portable"):
+        expected = exact(model, lengths, prefix)
+        for form in forms:
+            assert_close(outcome(model, form, lengths, prefix), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_row_of_padding_keeps_its_state(name: str) -> None:
+    model = FAMILIES[name].model()
+    state = model(tokens(2, 6), cache_params=model.init_state(2)).cache_params
+    for length in (1, 4):
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[1] = 0
+        after = model(tokens(2, length), attention_mask=mask, cache_params=state).cache_params
+        assert_close(contents(after[1]), contents(state[1]), 0)
+        assert after.position.tolist() == [6 + length, 6]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_padding_inside_a_row_is_removed(name: str) -> None:
+    model, row = FAMILIES[name].model(), tokens(1, 6)
+    mask = torch.tensor([[1, 1, 0, 1, 0, 1]])
+    assert_close(
+        {"logits": model(row, attention_mask=mask).logits[:, mask[0] == 1]},
+        {"logits": model(row[:, mask[0] == 1]).logits},
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_position_ids_that_restart_are_documents(name: str) -> None:
+    model, ids = FAMILIES[name].model(), tokens(2, 9)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 0, 1], [4, 5, 6, 0, 1, 2, 3, 4, 5]])
+    documents = [ids[0, :4], ids[0, 4:6], ids[0, 6:7], ids[0, 7:], ids[1, :3], ids[1, 3:]]
+    logits, state = alone(model, documents, model.init_state(len(documents)))
+    output = model(ids, position_ids=positions, cache_params=model.init_state(len(documents)))
+    assert_close({"logits": output.logits.flatten(0, 1)}, {"logits": torch.cat(logits)})
+    assert_close(contents(output.cache_params), contents(state))
+
+
+def loss(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Tensor:
+    return model(ids, labels=ids, **arguments).loss
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_counts_each_document_as_if_it_were_alone(name: str) -> None:
+    model = FAMILIES[name].model()
+    rows = [tokens(length, seed=length) for length in (7, 1, 4)]
+    separate = sum(loss(model, row[None]) * (len(row) - 1) for row in rows if len(row) > 1) / 9
+    ids = torch.cat(rows)[None]
+    assert_close({"loss": loss(model, ids, cu_seqlens=cu_seqlens([0, 7, 8, 12]))}, {"loss": separate})
+    for left in (True, False):
+        batch, mask = tokens(3, 7, seed=3), torch.zeros(3, 7)
+        for i, row in enumerate(rows):
+            place = slice(7 - len(row), 7) if left else slice(0, len(row))
+            batch[i, place], mask[i, place] = row, 1
+        assert_close({"loss": loss(model, batch, attention_mask=mask)}, {"loss": separate})
+    given_count = loss(model, ids, cu_seqlens=cu_seqlens([0, 7, 8, 12]), num_items_in_batch=18)
+    assert_close({"loss": given_count}, {"loss": separate / 2})
+
+
+def test_no_state_is_changed_in_place() -> None:
+    model = FAMILIES["hybrid"].model()
+    state = model(tokens(2, 5), cache_params=model.init_state(2)).cache_params
+    before = {name: value.clone() for name, value in contents(state).items()}
+    model(tokens(2, 5), cache_params=state)
+    model.generate(tokens(2, 3), cache_params=state, max_new_tokens=3, do_sample=False)
+    assert_close(contents(state), before, 0)
+
+
+def test_errors_name_the_tensor() -> None:
+    model, ids = FAMILIES["mamba"].model(), tokens(2, 5)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("attention_mask is", {"attention_mask": torch.ones(2, 4)}),
+        ("attention_mask is", {"attention_mask": torch.ones(2, 1, 5, 5)}),
+        ("position_ids is", {"position_ids": torch.arange(4)[None]}),
+        ("one row", {"cu_seqlens": cu_seqlens([0, 5])}),
+        ("the state has 3 rows and the input 2", {"cache_params": model.init_state(3)}),
+        ("labels is", {"labels": tokens(2, 4)}),
+        ("logits_to_keep is", {"logits_to_keep": torch.zeros(2, 2, dtype=torch.long)}),
+        ("exactly one of", {"inputs_embeds": torch.zeros(2, 5, 16)}),
+    ]
+    for message, arguments in wrong:
+        with pytest.raises(ValueError, match=message):
+            model(ids, **arguments)
+    with pytest.raises(ValueError, match="exclude each other"):
+        model(ids[:1], attention_mask=torch.tensor([[0, 1, 1, 1, 1]]), cu_seqlens=cu_seqlens([0, 5]))
+    with pytest.raises(ValueError, match=r"cu_seqlens is \(1,\)"):
+        model(ids[:1], cu_seqlens=cu_seqlens([0]))
+    with pytest.raises(TypeError, match=r"no meaning.*past_key_values, seq_idx"):
+        model(ids, past_key_values=(), seq_idx=ids)
+    with pytest.raises(ValueError, match="layers"):
+        model(ids, cache_params=FAMILIES["mamba"].model(num_hidden_layers=3).init_state(2))

@@ -1,0 +1,342 @@
+"""What transformers does with a model: generate, pipeline, files, Trainer, checkpointing, placement, quantisation."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+from transformers.cache_utils import StaticCache
+
+import mambalm
+from mambalm.models.cache import StateCache
+from tests.helpers import FLOAT32, assert_close, relative_error
+from tests.models.tiny import FAMILIES, VOCABULARY, tokens
+
+pytestmark = pytest.mark.usefixtures("portable")
+families = pytest.mark.parametrize("name", FAMILIES)
+
+
+@pytest.fixture
+def registered() -> Any:
+    """`mambalm.register()`, taken back afterwards: it is for the process."""
+    mappings = [auto._model_mapping._extra_content for auto in (AutoModel, AutoModelForCausalLM)]
+    before = [dict(mapping) for mapping in mappings]
+    mambalm.register()
+    yield
+    for mapping, content in zip(mappings, before, strict=True):
+        mapping.clear()
+        mapping.update(content)
+
+
+def greedy(model: Any, ids: Tensor, count: int = 6, **arguments: Any) -> Tensor:
+    """The generated tokens only."""
+    arguments.setdefault("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, max_new_tokens=count, do_sample=False, **arguments)[:, ids.shape[1] :]
+
+
+@families
+@pytest.mark.parametrize("left", [True, False])
+def test_padded_prompts_generate_what_each_generates_alone(name: str, left: bool) -> None:
+    model = FAMILIES[name].model()
+    prompts = [tokens(1, length, seed=length) for length in (9, 4, 1)]
+    batch, mask = tokens(3, 9, seed=77), torch.zeros(3, 9, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        place = slice(9 - prompt.shape[1], 9) if left else slice(0, prompt.shape[1])
+        batch[i, place], mask[i, place] = prompt[0], 1
+    if left:
+        # The last position of each row is real: generate reads the next token off it.
+        found = greedy(model, batch, attention_mask=mask)
+        assert torch.equal(found, torch.cat([greedy(model, prompt) for prompt in prompts]))
+    cache = model(batch, attention_mask=mask, use_cache=True).cache_params
+    step = tokens(3, 1, seed=8)
+    expected = [model(torch.cat([p, t[None]], 1)).logits[0, -1] for p, t in zip(prompts, step, strict=True)]
+    assert relative_error(model(step, cache_params=cache).logits[:, -1], torch.stack(expected)) <= FLOAT32
+
+
+@families
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
+def test_generation_resumes_from_a_state(name: str, arguments: dict[str, Any]) -> None:
+    model, ids = FAMILIES[name].model(), tokens(2, 12)
+    expected = greedy(model, ids, **arguments)
+    state = model(ids[:, :7], cache_params=model.init_state(2)).cache_params
+    assert torch.equal(greedy(model, ids[:, 7:], cache_params=state, **arguments), expected)
+    if not arguments:
+        cache = model(ids[:, :7], use_cache=True).cache_params
+        assert isinstance(cache, StateCache if name == "hybrid" else DynamicCache)
+        assert torch.equal(greedy(model, ids[:, 7:], cache_params=cache), expected)
+
+
+@families
+def test_generation_without_a_cache_and_by_sampling(name: str) -> None:
+    model, ids = FAMILIES[name].model(), tokens(2, 7)
+    assert torch.equal(greedy(model, ids, use_cache=False), greedy(model, ids))
+    drawn = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        drawn.append(model.generate(ids, do_sample=True, top_k=9, max_new_tokens=5, use_cache=use_cache))
+    assert torch.equal(drawn[0], drawn[1])
+
+
+def test_beams_move_with_the_hybrids_state() -> None:
+    """Without a cache every beam is read anew, so nothing can be mixed up there."""
+    model, ids = FAMILIES["hybrid"].model(), tokens(2, 7)
+    assert torch.equal(greedy(model, ids, num_beams=4, use_cache=False), greedy(model, ids, num_beams=4))
+
+
+def test_a_static_cache_serves_the_recurrent_families() -> None:
+    model, ids = FAMILIES["mamba2"].model(), tokens(2, 7)
+    assert torch.equal(greedy(model, ids, cache_implementation="static"), greedy(model, ids))
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    model(ids[:, :4], cache_params=cache)
+    assert relative_error(model(ids[:, 4:], cache_params=cache).logits, model(ids).logits[:, 4:]) <= FLOAT32
+
+
+def test_a_cache_that_was_reset_is_empty() -> None:
+    model, ids = FAMILIES["mamba"].model(), tokens(2, 7)
+    expected = model(ids).logits
+    for cache in (model(ids).cache_params, StateCache(model(ids, cache_params=model.init_state(2)).cache_params)):
+        cache.reset()
+        assert relative_error(model(ids, cache_params=cache).logits, expected) == 0
+
+
+def test_a_state_cache_keeps_and_repeats_rows() -> None:
+    model, ids = FAMILIES["hybrid"].model(), tokens(2, 7)
+    cache = StateCache()
+    assert (cache.get_seq_length(), cache.batch_size, cache.has_previous_state()) == (0, -1, False)
+    model(ids, cache_params=cache)
+    assert (cache.get_seq_length(), cache.batch_size, cache.has_previous_state()) == (7, 2, True)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    step = tokens(2, 1, seed=4)
+    expected = model(torch.cat([ids.flip(0), step], 1)).logits[:, -1:]
+    assert relative_error(model(step, cache_params=cache).logits, expected) <= FLOAT32
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-1)
+
+
+def test_caches_that_do_not_fit_say_so() -> None:
+    model, ids = FAMILIES["mamba"].model(), tokens(2, 5)
+    cache = model(ids).cache_params
+    with pytest.raises(ValueError, match="the state has 2 rows and the input 3"):
+        model(tokens(3, 5), cache_params=cache)
+    with pytest.raises(ValueError, match="holds no layers"):
+        model(ids, cache_params=DynamicCache())
+    hybrid = FAMILIES["hybrid"].model()
+    with pytest.raises(ValueError, match="holds DynamicLayer layers"):
+        hybrid(ids, cache_params=DynamicCache(config=hybrid.config))
+    with pytest.raises(ValueError, match="cache_params is dict"):
+        model(ids, cache_params={})
+    recording = DynamicCache(config=model.config)
+    recording.activate_past_recording()
+    with pytest.raises(ValueError, match="records past inputs"):
+        model(ids, cache_params=recording)
+
+
+def test_no_gradient_goes_through_a_cache() -> None:
+    model, ids = FAMILIES["mamba"].model(), tokens(2, 5)
+    cache = model(ids, use_cache=True).cache_params
+    assert not cache.layers[0].recurrent_states[0].requires_grad
+    model(ids, cache_params=cache).logits.sum().backward()
+
+
+@families
+def test_auto_classes_return_ours_after_register(name: str, registered: Any, tmp_path: Path) -> None:
+    model = FAMILIES[name].model().bfloat16()
+    model.save_pretrained(tmp_path)
+    mambalm.register()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", device_map="auto")
+    assert type(loaded) is type(model)
+    assert loaded.dtype == torch.bfloat16
+    assert_close(dict(loaded.state_dict()), dict(model.state_dict()), 0)
+    assert loaded.generate(tokens(1, 4), do_sample=True, max_new_tokens=3).shape == (1, 7)
+    assert type(AutoModelForCausalLM.from_config(model.config)) is type(model)
+    backbone = AutoModel.from_pretrained(tmp_path)
+    assert type(backbone) is type(model.backbone)
+    assert_close(dict(backbone.bfloat16().state_dict()), dict(model.backbone.state_dict()), 0)
+
+
+def test_nothing_is_registered_unasked(tmp_path: Path) -> None:
+    FAMILIES["mamba"].model().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.MambaForCausalLM
+
+
+def test_pipeline(registered: Any, tmp_path: Path) -> None:
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", padding_side="left")
+    model = FAMILIES["mamba"].model()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    assert type(generator.model) is type(model)
+    prompts = ["w3 w9 w27", "w5"]
+    found = generator(prompts, batch_size=2, max_new_tokens=4, do_sample=False, return_full_text=False)
+    for prompt, ((answer,)) in zip(prompts, found, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        assert tokenizer(answer["generated_text"]).input_ids == greedy(model, ids, 4)[0].tolist()
+
+
+def test_a_missing_tensor_is_initialised_and_the_others_stay(tmp_path: Path) -> None:
+    """transformers initialises the whole mixer of a missing tensor: nothing that was read may be drawn anew."""
+    model = FAMILIES["mamba"].model()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    missing = {f"backbone.layers.0.mixer.{name}" for name in ("D", "dt_proj.bias")}
+    save_file({k: v for k, v in tensors.items() if k not in missing}, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = type(model).from_pretrained(tmp_path)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]) == (name not in missing), name
+    mixer = loaded.backbone.layers[0].mixer
+    assert torch.equal(mixer.D, torch.ones_like(mixer.D))
+    steps = nn.functional.softplus(mixer.dt_proj.bias)
+    assert ((steps >= 1e-3 * 0.99) & (steps <= 0.1 * 1.01)).all()
+
+
+def test_initial_values_survive_transformers_initialisation() -> None:
+    torch.manual_seed(0)
+    model = FAMILIES["mamba"].ours(FAMILIES["mamba"].config(hidden_size=64, rescale_prenorm_residual=True))
+    mixer = model.backbone.layers[0].mixer
+    assert torch.equal(mixer.A_log, torch.arange(1.0, 5).log().expand(128, 4))
+    assert torch.equal(mixer.D, torch.ones(128))
+    steps = nn.functional.softplus(mixer.dt_proj.bias)
+    assert ((steps >= 1e-3 * 0.99) & (steps <= 0.1 * 1.01)).all()
+    bound = 128**-0.5 / 2**0.5
+    assert 0.95 * bound < mixer.out_proj.weight.abs().max() <= bound
+    assert abs(model.get_input_embeddings().weight.std().item() - model.config.initializer_range) < 0.01
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@families
+def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
+    model, ids = FAMILIES[name].model().train(), tokens(2, 9)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        state = model(ids[:, :4], cache_params=model.init_state(2)).cache_params
+        model(ids[:, 4:], labels=ids[:, 4:], cache_params=state).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable()
+    calls = []
+    for layer in model.backbone.layers:
+        layer.mixer.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert_close(gradients(), expected, 0)
+    assert len(calls) == 2 * 2 * len(model.backbone.layers)
+
+
+@families
+def test_trainer(name: str, tmp_path: Path) -> None:
+    model = FAMILIES[name].model()
+    data = [{"input_ids": row, "labels": row} for row in tokens(8, 10)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=2e-2,
+        logging_steps=1,
+        save_steps=6,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    with torch.no_grad():
+        model.eval()
+        first = sum(model(row["input_ids"][None], labels=row["labels"][None]).loss for row in data) / 8
+    assert abs(trainer.evaluate()["eval_loss"] - float(first)) < 1e-4
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < first - 0.3
+    saved = type(model).from_pretrained(tmp_path / "checkpoint-6")
+    assert_close(dict(saved.state_dict()), dict(model.state_dict()), 0)
+
+
+@families
+def test_one_graph(name: str) -> None:
+    """torch.compile takes the forward pass, the loss, the gradients and a state as one graph."""
+    model, ids = FAMILIES[name].model(), tokens(2, 9)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    before = model(tokens(2, 3), cache_params=model.init_state(2)).cache_params
+    before = before.detach()
+    results = []
+    for call in (model, compiled):
+        model.zero_grad()
+        output = call(ids, labels=ids, cache_params=before)
+        output.loss.backward()
+        gradients = {k: parameter.grad.clone() for k, parameter in model.named_parameters()}
+        results.append({"loss": output.loss, "position": output.cache_params.position} | gradients)
+    assert_close(results[1], results[0])
+
+
+def test_a_mask_breaks_the_graph_by_name() -> None:
+    model, ids = FAMILIES["mamba"].model(), tokens(2, 9)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="read as data"):
+        compiled(ids, attention_mask=torch.ones_like(ids))
+
+
+def test_the_head_of_an_adapter_counts_in_the_loss() -> None:
+    """A head that is no plain Linear is called, not read: its weight is not all that it computes with."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model, ids = FAMILIES["falcon_mamba"].model(), tokens(2, 9)
+    head = Doubled(16, VOCABULARY, bias=False)
+    head.load_state_dict(model.lm_head.state_dict())
+    model.lm_head = head
+    output = model(ids, labels=ids)
+    expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert relative_error(output.loss, expected) <= FLOAT32
+
+
+def test_what_is_not_built_is_refused_by_name() -> None:
+    for name, changes, message in (
+        ("mamba", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("mamba2", {"hidden_act": "relu"}, "hidden_act='relu'"),
+        ("hybrid", {"ssm_cfg": {"layer": "Mamba3"}}, "Mamba3"),
+        ("hybrid", {"attn_layer_idx": [2]}, r"attn_layer_idx names \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FAMILIES[name].model(**changes)
+
+
+def test_importing_the_package_of_models_brings_no_transformers() -> None:
+    script = "import sys, mambalm.models; assert 'transformers' not in sys.modules"
+    source = str(Path(mambalm.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", script], check=True, env={"PYTHONPATH": source})
+    with pytest.raises(AttributeError, match="Mamba3"):
+        mambalm.models.Mamba3  # noqa: B018
+
+
+def test_configs_round_trip(tmp_path: Path) -> None:
+    for name, family in FAMILIES.items():
+        config = family.config()
+        config.save_pretrained(tmp_path / name)
+        again = type(config).from_pretrained(tmp_path / name)
+        assert again.to_dict() == config.to_dict() | {"transformers_version": transformers.__version__}
+        assert copy.deepcopy(config).layer_types == config.layer_types
