@@ -6,6 +6,7 @@ not wait. A sub-command is the function of its file's name in `mambalm/cli/`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
@@ -71,6 +72,12 @@ for _name, _help in COMMANDS.items():
     )(_forward(_name))
 
 
+def _one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+    return f"{category.__name__}: {message}\n"
+
+
 def main() -> None:
     """Run the command line."""
+    # A user has no use for the line of source that warned.
+    warnings.formatwarning = _one_line
     app()

@@ -20,7 +20,7 @@ def doctor() -> None:
         table.add_row(str(device), description)
     table.add_row("C compiler", diagnosis.compiler())
     console.print(table)
-    table = Table("op", "device", "backend", "runs?", title="Backends (automatic choice takes the first that can run)")
+    table = Table("op", "device", "backend", "runs?", title="Backends for float32: the first that can run is chosen")
     for backend in diagnosis.backends():
         if backend.chosen:
             table.add_section()
