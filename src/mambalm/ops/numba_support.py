@@ -170,14 +170,14 @@ def rows(tensor: Tensor) -> tuple[np.ndarray, int]:
     Element (row, channel) is at row * distance + channel. bfloat16 arrives as uint16.
     """
     width = tensor.shape[-1]
+    if tensor.numel() == 0:
+        return bits(tensor.reshape(-1)), width
     if tensor.stride(-1) != 1 and width > 1:
         tensor = tensor.contiguous()
     try:
         flat = tensor.view(-1, width)
     except RuntimeError:
         flat = tensor.contiguous().view(-1, width)
-    if flat.shape[0] == 0:
-        return bits(flat.reshape(-1)), width
     distance = flat.stride(0) if flat.shape[0] > 1 else width
     return bits(flat.as_strided(((flat.shape[0] - 1) * distance + width,), (1,))), distance
 
