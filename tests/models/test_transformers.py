@@ -34,18 +34,6 @@ pytestmark = pytest.mark.usefixtures("portable")
 families = pytest.mark.parametrize("name", FAMILIES)
 
 
-@pytest.fixture
-def registered() -> Any:
-    """`mambalm.register()`, taken back afterwards: it is for the process."""
-    mappings = [auto._model_mapping._extra_content for auto in (AutoModel, AutoModelForCausalLM)]
-    before = [dict(mapping) for mapping in mappings]
-    mambalm.register()
-    yield
-    for mapping, content in zip(mappings, before, strict=True):
-        mapping.clear()
-        mapping.update(content)
-
-
 def greedy(model: Any, ids: Tensor, count: int = 6, **arguments: Any) -> Tensor:
     """The generated tokens only."""
     arguments.setdefault("attention_mask", torch.ones_like(ids))
@@ -158,7 +146,7 @@ def test_no_gradient_goes_through_a_cache() -> None:
 
 
 @families
-def test_auto_classes_return_ours_after_register(name: str, registered: Any, tmp_path: Path) -> None:
+def test_auto_classes_return_ours_after_register(name: str, registered: None, tmp_path: Path) -> None:
     model = FAMILIES[name].model().bfloat16()
     model.save_pretrained(tmp_path)
     mambalm.register()
@@ -179,7 +167,7 @@ def test_nothing_is_registered_unasked(tmp_path: Path) -> None:
     assert type(loaded) is transformers.MambaForCausalLM
 
 
-def test_pipeline(registered: Any, tmp_path: Path) -> None:
+def test_pipeline(registered: None, tmp_path: Path) -> None:
     words = {f"w{i}": i for i in range(VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
