@@ -33,7 +33,9 @@ class StepProjection(nn.Linear):
     @property
     def scan_bias(self) -> Tensor | None:
         """The bias that ``forward`` leaves out."""
-        return None if self.bias is None or self.bias.dtype in _HALF else self.bias
+        # With accelerate's hooks (an offloaded model) a parameter may be there during this module's own call only.
+        kept = self.bias is None or self.bias.dtype in _HALF or hasattr(self, "_hf_hook")
+        return None if kept else self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dt_rank) -> (..., d), in x's dtype: float32 weights may meet bfloat16 activations under FSDP2."""
