@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -231,6 +232,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
         layer.mixer.register_forward_pre_hook(lambda *_: calls.append(1))
     assert_close(gradients(), expected, 0)
     assert len(calls) == 2 * 2 * len(model.backbone.layers)
+
+
+@families
+@torch.no_grad()
+def test_offloaded_parameters_come_when_they_are_called_for(name: str) -> None:
+    """As with device_map="auto" and less memory than the model takes: accelerate's hooks bring each module's own."""
+    model, ids = FAMILIES[name].model(), tokens(2, 9)
+    expected, continuation = model(ids, labels=ids), greedy(model, ids)
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    output = offloaded(ids, labels=ids)
+    assert relative_error(output.logits, expected.logits) <= FLOAT32
+    assert relative_error(output.loss, expected.loss) <= FLOAT32
+    assert torch.equal(greedy(offloaded, ids), continuation)
 
 
 @families

@@ -319,13 +319,13 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
         if packing is not None:
             hidden, labels = packing.gather(hidden), packing.targets(labels, IGNORE_INDEX)
         reduction = "mean" if num_items_in_batch is None else "sum"
-        if type(self.lm_head) is nn.Linear:
+        if type(self.lm_head) is nn.Linear and not hasattr(self.lm_head, "_hf_hook"):
             weight, bias = self.lm_head.weight, self.lm_head.bias
             loss = linear_cross_entropy(
                 hidden, weight, labels, bias=bias, ignore_index=IGNORE_INDEX, shift=True, reduction=reduction
             )
         else:
-            # The weight alone is not what an adapted or quantised head computes with.
+            # An adapted or quantised head computes with more than its weight, an offloaded one brings it when called.
             logits = _full_precision(self.lm_head(hidden[:, :-1])).flatten(0, 1)
             loss = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
