@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from mambalm.models.adapters import attach_adapter, projections
 from mambalm.models.quantized import with_default_skips
 from tests.helpers import relative_error
 from tests.models.tiny import ATTENTION, FAMILIES, STOCK, VOCABULARY, tokens
@@ -90,6 +91,25 @@ def test_a_checkpoint_that_stock_transformers_quantised_whole(tmp_path: Path) ->
     assert quantised_names(quantised) == {"in_proj", "out_proj", "x_proj", "dt_proj"}
     expected = dequantised(quantised, model)(ids).logits
     assert relative_error(quantised(ids).logits, expected) < 2e-2
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_adapters_train_on_four_bits(name: str, tmp_path: Path) -> None:
+    """QLoRA: every projection has an adapter, quantised or not."""
+    family, ids = FAMILIES[name], tokens(2, 9)
+    family.model(**SIZES[name]).save_pretrained(tmp_path)
+    quantised = family.ours.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**FOUR_BITS))
+    adapted, report = attach_adapter(quantised)
+    assert list(report.adapted) == projections(family.model(**SIZES[name]))
+    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = adapted.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_weights_that_bitsandbytes_would_write_wrong_are_not_saved(tmp_path: Path) -> None:

@@ -264,15 +264,37 @@ def test_trainer(name: str, tmp_path: Path) -> None:
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        compute_metrics=lambda prediction: {"shape": prediction.predictions.shape},
+    )
     with torch.no_grad():
         model.eval()
         first = sum(model(row["input_ids"][None], labels=row["labels"][None]).loss for row in data) / 8
-    assert abs(trainer.evaluate()["eval_loss"] - float(first)) < 1e-4
+    before = trainer.evaluate()
+    assert abs(before["eval_loss"] - float(first)) < 1e-4
+    assert before["eval_shape"] == (8, 10, VOCABULARY)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < first - 0.3
     saved = type(model).from_pretrained(tmp_path / "checkpoint-6")
     assert_close(dict(saved.state_dict()), dict(model.state_dict()), 0)
+
+
+@families
+def test_autocast(name: str) -> None:
+    """The parameters' gradients stay float32, and the loss is off by bfloat16's rounding only."""
+    model, ids = FAMILIES[name].model().train(), tokens(2, 9)
+    expected = model(ids, labels=ids).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = model(ids[:, :4], cache_params=model.init_state(2))
+        output = model(ids, labels=ids)
+        model(ids[:, 4:], cache_params=first.cache_params).logits.sum().backward()
+    assert relative_error(output.loss, expected) < 4e-3
+    assert output.logits.dtype == torch.float32
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
 @families

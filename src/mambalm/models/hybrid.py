@@ -5,7 +5,7 @@ state-spaces' mamba2attn-2.7b and transformerpp-2.7b are of this kind, and OpenL
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -37,7 +37,6 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "mambalm_hybrid"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache_params"]
 
     vocab_size: int = 50288
     hidden_size: int = 2560

@@ -20,13 +20,11 @@ class Packing:
         cu_seqlens: (s+1) int32, where each document begins; the first is 0 and the last T, the number of tokens.
         shape: (b, l) of the batch.
         tokens: (T) int64, the index of each token in the flattened batch; None when every position is one.
-        by_row: whether the documents are the rows of the batch, in order (s = b).
     """
 
     cu_seqlens: torch.Tensor
     shape: tuple[int, int]
     tokens: torch.Tensor | None = None
-    by_row: bool = False
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -109,7 +107,7 @@ def _padding(mask: torch.Tensor, shape: tuple[int, int]) -> Packing | None:
     if bool(real.all()):
         return None
     offsets = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return Packing(offsets, shape, tokens=real.flatten().nonzero().squeeze(1), by_row=True)
+    return Packing(offsets, shape, tokens=real.flatten().nonzero().squeeze(1))
 
 
 @_read_as_data
