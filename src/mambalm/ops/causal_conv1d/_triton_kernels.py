@@ -1,0 +1,276 @@
+"""Causal convolution kernels in plain Triton: down the tokens, the last inputs of a block of channels in registers.
+
+The rows of a batch count as documents of equal length, so that one program serves batches and packed rows: it takes a
+chunk of all tokens, finds the document in which the chunk begins, and goes through the documents from there on. Within
+a document every load is a row of neighbouring channels, read once but for the K - 1 rows around a chunk's borders.
+Everything is float32 from the load on.
+"""
+
+import triton
+import triton.language as tl
+
+from mambalm.ops.triton_support import sigmoid, silu_gradient
+
+SIZES = ["x_b", "dy_b", "length", "documents", "tokens", "chunk"]
+
+
+@triton.jit
+def edge(cu_seqlens, document, length):
+    """Where a document begins, in tokens."""
+    if cu_seqlens is None:
+        token = document * length
+    else:
+        token = tl.load(cu_seqlens + document).to(tl.int64)
+    return token
+
+
+@triton.jit
+def first_document(cu_seqlens, documents, length, start):
+    """The document that goes on at token ``start``, else the first that begins there."""
+    if cu_seqlens is None:
+        low = start // tl.maximum(length, 1)
+    else:
+        low, high = start * 0, start * 0 + documents
+        while low < high:
+            middle = (low + high) // 2
+            if tl.load(cu_seqlens + middle) < start:
+                low = middle + 1
+            else:
+                high = middle
+        low -= (tl.load(cu_seqlens + low) > start).to(tl.int64)
+    return low
+
+
+@triton.jit
+def those(channel, channels, condition):
+    """The mask of the channels there are if the scalar ``condition`` holds, else of none."""
+    return channel < tl.where(condition, channels, 0)
+
+
+@triton.jit
+def load_columns(pointer, channel, mask, dtype: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
+    """A (channels, COLUMNS) matrix, rounded to ``dtype``, as a tuple of its columns: one coalesced load, taken apart in
+    registers."""
+    column = tl.arange(0, PADDED)[None, :]
+    cells = channel[:, None] * COLUMNS + column
+    tile = tl.load(pointer + cells, mask=mask[:, None] & (column < COLUMNS), other=0.0).to(dtype).to(tl.float32)
+    columns = ()
+    for j in tl.static_range(COLUMNS):
+        columns += (tl.sum(tl.where(column == j, tile, 0.0), axis=1),)
+    return columns
+
+
+@triton.jit
+def store_columns(pointer, channel, mask, columns, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
+    """The inverse of ``load_columns``."""
+    column = tl.arange(0, PADDED)[None, :]
+    tile = tl.zeros((channel.shape[0], PADDED), tl.float32)
+    for j in tl.static_range(COLUMNS):
+        tile = tl.where(column == j, columns[j][:, None], tile)
+    cells = channel[:, None] * COLUMNS + column
+    tl.store(pointer + cells, tile.to(pointer.dtype.element_ty), mask=mask[:, None] & (column < COLUMNS))
+
+
+@triton.jit
+def inputs_before(x, x_l, state, channel, channels, t, K: tl.constexpr):
+    """The K - 1 inputs before step t of the document at ``x``, oldest first; before its first come those of ``state``,
+    which is empty for zeros."""
+    rows = ()
+    for j in tl.static_range(K - 1):
+        at = t - (K - 1) + j
+        row = tl.load(x + at * x_l, mask=those(channel, channels, at >= 0), other=0.0).to(tl.float32)
+        for slot in tl.static_range(len(state)):
+            row = tl.where(at + (K - 1) == slot, state[slot], row)
+        rows += (row,)
+    return rows
+
+
+@triton.jit
+def weighted_sum(start, rows, weights, K: tl.constexpr, REVERSED: tl.constexpr = False):
+    for j in tl.static_range(K):
+        start += rows[K - 1 - j if REVERSED else j] * weights[j]
+    return start
+
+
+@triton.jit(do_not_specialize=SIZES)
+def convolve_forward(
+    x,
+    weight,
+    bias,
+    initial,
+    cu_seqlens,
+    y,
+    final,
+    x_b,
+    x_l,
+    channels,
+    length,
+    documents,
+    tokens,
+    chunk,
+    SILU: tl.constexpr,
+    K: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """y and the final states; a program takes ``chunk`` tokens and BLOCK channels, ROWS loads at a time."""
+    blocks = tl.cdiv(channels, BLOCK)
+    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < channels
+    start = (tl.program_id(0) // blocks).to(tl.int64) * chunk
+    stop = tl.minimum(start + chunk, tokens)
+    taps = load_columns(weight, channel, inside, tl.float32, K, PADDED)
+    offset = tl.zeros((BLOCK,), tl.float32)
+    if bias is not None:
+        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+
+    document = first_document(cu_seqlens, documents, length, start)
+    begin = edge(cu_seqlens, document, length)
+    # Empty documents at the very end belong to the last chunk.
+    while (document < documents) & ((begin < stop) | (stop == tokens)):
+        end = edge(cu_seqlens, document + 1, length)
+        first = tl.maximum(start - begin, 0)
+        last = tl.minimum(stop, end) - begin
+        x_row = x + channel + (document * x_b if cu_seqlens is None else begin * x_l)
+        y_row = y + channel + begin * channels
+        state_row = document * channels * (K - 1)
+        state = ()
+        if initial is not None:
+            near = those(channel, channels, first < K - 1)
+            state = load_columns(initial + state_row, channel, near, x.dtype.element_ty, K - 1, PADDED)
+        rows = inputs_before(x_row, x_l, state, channel, channels, first, K)
+        for t in range(first, last, ROWS):
+            ahead = ()
+            for i in tl.static_range(ROWS):
+                ahead += (tl.load(x_row + (t + i) * x_l, mask=those(channel, channels, t + i < last), other=0.0),)
+            for i in tl.static_range(ROWS):
+                rows += (ahead[i].to(tl.float32),)
+                out = weighted_sum(offset, rows, taps, K)
+                if SILU:
+                    out *= sigmoid(out)
+                tl.store(y_row + (t + i) * channels, out.to(y.dtype.element_ty), mask=those(channel, channels, t + i < last))
+                rows = rows[1:]
+        if K > 1:
+            complete = tl.where(end <= stop, channels, 0)
+            newest = inputs_before(x_row, x_l, state, channel, complete, end - begin, K)
+            store_columns(final + state_row, channel, channel < complete, newest, K - 1, PADDED)
+        document += 1
+        begin = end
+
+
+@triton.jit(do_not_specialize=SIZES)
+def convolve_backward(
+    x,
+    weight,
+    bias,
+    initial,
+    cu_seqlens,
+    dy,
+    dfinal,
+    dx,
+    shares,
+    dinitial,
+    x_b,
+    x_l,
+    dy_b,
+    dy_l,
+    channels,
+    length,
+    documents,
+    tokens,
+    chunk,
+    SILU: tl.constexpr,
+    K: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The gradients; ``shares`` (chunks, K + 1, channels) are the chunks' parts of those of the weights and the bias.
+
+    The gradient of an input is complete K - 1 steps later, so a program goes on for as many into the next chunk. Those
+    steps count for its shares, and not for the next chunk's.
+    """
+    blocks = tl.cdiv(channels, BLOCK)
+    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < channels
+    start = (tl.program_id(0) // blocks).to(tl.int64) * chunk
+    stop = tl.minimum(start + chunk, tokens)
+    taps = load_columns(weight, channel, inside, tl.float32, K, PADDED)
+    zeros = tl.zeros((BLOCK,), tl.float32)
+    offset = zeros
+    if bias is not None:
+        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    sums = (zeros,) * (K + 1)
+
+    document = first_document(cu_seqlens, documents, length, start)
+    begin = edge(cu_seqlens, document, length)
+    while (document < documents) & ((begin < stop) | (stop == tokens)):
+        end = edge(cu_seqlens, document + 1, length)
+        steps = end - begin
+        first = tl.maximum(start - begin, 0)
+        last = tl.minimum(stop, end) - begin
+        x_row = x + channel + (document * x_b if cu_seqlens is None else begin * x_l)
+        dy_row = dy + channel + (document * dy_b if cu_seqlens is None else begin * dy_l)
+        dx_row = dx + channel + begin * channels
+        state_row = document * channels * (K - 1)
+        state = ()
+        if initial is not None:
+            near = those(channel, channels, first < K - 1)
+            state = load_columns(initial + state_row, channel, near, x.dtype.element_ty, K - 1, PADDED)
+        # K - 1 steps of which nothing but the gradient of the state, if that, is complete.
+        rows = inputs_before(x_row, x_l, state, channel, channels, first, K)
+        douts = (zeros,) * (K - 1)
+        dstate = ()
+        for i in tl.static_range(K - 1):
+            there = those(channel, channels, first + i < steps)
+            rows += (tl.load(x_row + (first + i) * x_l, mask=there, other=0.0).to(tl.float32),)
+            dout = tl.load(dy_row + (first + i) * dy_l, mask=there, other=0.0).to(tl.float32)
+            if SILU:
+                dout *= silu_gradient(weighted_sum(offset, rows, taps, K))
+            douts += (dout,)
+            sums = add_products(sums, tl.where(first == 0, dout, 0.0), rows, K)
+            out = weighted_sum(zeros, douts, taps, K, REVERSED=True)
+            if dfinal is not None:
+                kept = those(channel, channels, (i >= steps) & (first == 0))
+                out += tl.load(dfinal + state_row + channel * (K - 1) + (i - steps), mask=kept, other=0.0).to(tl.float32)
+            dstate += (out,)
+            rows, douts = rows[1:], douts[1:]
+        if dinitial is not None:
+            store_columns(dinitial + state_row, channel, those(channel, channels, first == 0), dstate, K - 1, PADDED)
+        reach = tl.minimum(last + K - 1, steps)
+        for t in range(first + K - 1, last + K - 1, ROWS):
+            ahead, ahead_dy = (), ()
+            for i in tl.static_range(ROWS):
+                there = those(channel, channels, t + i < reach)
+                ahead += (tl.load(x_row + (t + i) * x_l, mask=there, other=0.0),)
+                ahead_dy += (tl.load(dy_row + (t + i) * dy_l, mask=there, other=0.0),)
+            for i in tl.static_range(ROWS):
+                at = t + i - (K - 1)
+                rows += (ahead[i].to(tl.float32),)
+                dout = ahead_dy[i].to(tl.float32)
+                if SILU:
+                    dout *= silu_gradient(weighted_sum(offset, rows, taps, K))
+                douts += (dout,)
+                sums = add_products(sums, dout, rows, K)
+                out = weighted_sum(zeros, douts, taps, K, REVERSED=True)
+                if dfinal is not None:
+                    slot = at - steps + (K - 1)
+                    kept = those(channel, channels, (slot >= 0) & (at < last))
+                    out += tl.load(dfinal + state_row + channel * (K - 1) + slot, mask=kept, other=0.0).to(tl.float32)
+                tl.store(dx_row + at * channels, out.to(dx.dtype.element_ty), mask=those(channel, channels, at < last))
+                rows, douts = rows[1:], douts[1:]
+        document += 1
+        begin = end
+    share = shares + (tl.program_id(0) // blocks).to(tl.int64) * (K + 1) * channels + channel
+    for j in tl.static_range(K + 1):
+        tl.store(share + j * channels, sums[j], mask=inside)
+
+
+@triton.jit
+def add_products(sums, dout, rows, K: tl.constexpr):
+    """Add what one step gives to the gradients of the K weights and of the bias."""
+    result = ()
+    for j in tl.static_range(K):
+        result += (sums[j] + dout * rows[j],)
+    return result + (sums[K] + dout,)

@@ -1,0 +1,121 @@
+"""The causal convolution on any GPU that Triton knows, and in Triton's interpreter on a CPU."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mambalm.ops.backends import Call
+from mambalm.ops.causal_conv1d._triton_kernels import convolve_backward, convolve_forward
+from mambalm.ops.triton_support import dense_channels, on, processors, unsupported
+
+# The inputs and the gradients that a program keeps in registers grow with the taps.
+_MOST_TAPS = 8
+
+# Channels of a program, its warps, the rows that it loads together, the most tokens that it takes.
+_FORWARD = {"BLOCK": 256, "num_warps": 1, "ROWS": 8}
+_BACKWARD = {"BLOCK": 256, "num_warps": 2, "ROWS": 4}
+_MOST_TOKENS = {convolve_forward: 64, convolve_backward: 256}
+_LEAST_TOKENS = 8
+# Programs wanted per multiprocessor before a program is given more tokens.
+_PROGRAMS = 16
+
+
+def supports(call: Call) -> str | None:
+    """None, or why the call cannot run here."""
+    if call.sizes.get("k", 1) > _MOST_TAPS:
+        return f"it takes at most {_MOST_TAPS} taps, the call has {call.sizes['k']}"
+    return unsupported(call)
+
+
+class _Launch:
+    """The arguments that both kernels take, and how the tokens are cut up."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        silu: bool,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        kernel: Any,
+        blocks: dict[str, int],
+    ) -> None:
+        x = dense_channels(x)
+        b, l, d = x.shape
+        k = weight.shape[1]
+        columns = triton.cdiv(d, blocks["BLOCK"])
+        documents = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        wanted = triton.cdiv(b * l * columns, processors(x.device) * _PROGRAMS)
+        chunk = min(max(triton.next_power_of_2(wanted), _LEAST_TOKENS), _MOST_TOKENS[kernel])
+        # Without a token there are still states to hand on.
+        self.chunks = max(triton.cdiv(b * l, chunk), 1)
+        self.states = (documents, d, k - 1)
+        self.x = x
+        self._kernel = kernel
+        self._grid = (self.chunks * columns,)
+        self._arguments = {
+            "x": x,
+            "weight": weight.contiguous(),
+            "bias": None if bias is None else bias.contiguous(),
+            "initial": None if initial_state is None else initial_state.contiguous(),
+            "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
+            "x_b": x.stride(0),
+            "x_l": x.stride(1),
+            "channels": d,
+            "length": l,
+            "documents": documents,
+            "tokens": b * l,
+            "chunk": chunk,
+            "SILU": silu,
+            "K": k,
+            "PADDED": triton.next_power_of_2(k),
+            **blocks,
+        }
+
+    def __call__(self, **more: Any) -> None:
+        with on(self.x.device):
+            self._kernel[self._grid](**self._arguments, **more)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y (b, l, d) and the final state (s, d, k-1), both in x's dtype."""
+    launch = _Launch(x, weight, bias, silu, initial_state, cu_seqlens, convolve_forward, _FORWARD)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = torch.empty(launch.states, dtype=x.dtype, device=x.device)
+    launch(y=y, final=final)
+    return y, final
+
+
+def backward(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of x, weight, bias and initial_state. What the activation needs is computed again, not kept."""
+    launch = _Launch(x, weight, bias, silu, initial_state, cu_seqlens, convolve_backward, _BACKWARD)
+    d, k = weight.shape
+    dy = dense_channels(dy)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    shares = torch.empty(launch.chunks, k + 1, d, dtype=torch.float32, device=x.device)
+    launch(
+        dy=dy,
+        dfinal=None if dfinal_state is None else dfinal_state.contiguous(),
+        dx=dx,
+        shares=shares,
+        dinitial=dinitial,
+        dy_b=dy.stride(0),
+        dy_l=dy.stride(1),
+    )
+    # Summed in a fixed order, so that a run can be repeated bit for bit.
+    return dx, shares[:, :k].sum(0).T, shares[:, k].sum(0), dinitial
