@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from mambalm.layers import Attention, Block, GatedMLP, Mamba, Mamba2, RMSNorm
 from mambalm.layers.state import State
+from mambalm.models.arguments import full_precision, kept_positions, one_of, refuse_unused
 from mambalm.models.cache import StateCache, is_recurrent, new_cache, read_cache, write_cache
 from mambalm.models.padding import Packing, find_packing
 from mambalm.models.quantized import plain_step_projections, require_intact_weights, with_default_skips
@@ -169,8 +170,8 @@ class MambalmModel(MambalmPreTrainedModel):
             TypeError: an argument that has no meaning here.
             ValueError: shapes that do not fit; the message names the tensor.
         """
-        _refuse(unused)
-        tokens = _one_of(input_ids, inputs_embeds)
+        refuse_unused(unused)
+        tokens = one_of(input_ids, inputs_embeds)
         shape = (tokens.shape[0], tokens.shape[1])
         if packing is None:
             packing = find_packing(
@@ -283,7 +284,7 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last so many positions (0: all), or of these positions.
             num_items_in_batch: divide the sum of the losses by this instead of by the number of labels.
         """
-        tokens = _one_of(input_ids, inputs_embeds)
+        tokens = one_of(input_ids, inputs_embeds)
         shape = (tokens.shape[0], tokens.shape[1])
         packing = find_packing(shape, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens)
         outputs = self.backbone(
@@ -297,7 +298,7 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
             **unused,
         )
         hidden = outputs.last_hidden_state
-        logits = _full_precision(self.lm_head(_keep(hidden, logits_to_keep)))
+        logits = full_precision(self.lm_head(kept_positions(hidden, logits_to_keep)))
         loss = None if labels is None else self._loss(hidden, labels, packing, num_items_in_batch)
         if not (self.config.return_dict if return_dict is None else return_dict):
             rest = (outputs.cache_params, outputs.hidden_states)
@@ -326,7 +327,7 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
             )
         else:
             # An adapted or quantised head computes with more than its weight, an offloaded one brings it when called.
-            logits = _full_precision(self.lm_head(hidden[:, :-1])).flatten(0, 1)
+            logits = full_precision(self.lm_head(hidden[:, :-1])).flatten(0, 1)
             loss = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
@@ -351,32 +352,6 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
 
-def check_activation(config: PreTrainedConfig) -> None:
-    """Refuse an activation that the layers do not compute.
-
-    Raises:
-        ValueError: hidden_act is neither "silu" nor "swish", its other name.
-    """
-    if config.hidden_act not in ("silu", "swish"):
-        raise ValueError(f"hidden_act={config.hidden_act!r} is not supported: every Mamba model uses 'silu'")
-
-
-def _one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    return inputs_embeds if input_ids is None else input_ids  # type: ignore[return-value]
-
-
-def _refuse(unused: dict[str, Any]) -> None:
-    # transformers and PEFT pass arguments of attention models along, unset: only a set one would be lost.
-    named = sorted(name for name, value in unused.items() if value is not None and value is not False)
-    if named:
-        raise TypeError(
-            f"these arguments have no meaning for a Mamba model: {', '.join(named)}. "
-            "Packed documents are given by cu_seqlens or position_ids, states by cache_params"
-        )
-
-
 def _position(tokens: torch.Tensor, state: State | None, packing: Packing | None) -> torch.Tensor:
     """Tokens that each row has read after these."""
     if packing is not None:
@@ -384,15 +359,3 @@ def _position(tokens: torch.Tensor, state: State | None, packing: Packing | None
     else:
         read = torch.full((tokens.shape[0],), tokens.shape[1], dtype=torch.int64, device=tokens.device)
     return read if state is None else state.position.to(read.device) + read
-
-
-def _full_precision(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _keep(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    if isinstance(logits_to_keep, int):
-        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-    if logits_to_keep.dim() != 1:
-        raise ValueError(f"logits_to_keep is {tuple(logits_to_keep.shape)}, expected a number or positions (n)")
-    return hidden[:, logits_to_keep]

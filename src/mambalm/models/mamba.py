@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import MambaConfig, PreTrainedConfig
 
 from mambalm.layers import Mamba, RMSNorm
-from mambalm.models.common import MambaBlock, MambalmForCausalLM, MambalmModel, MambalmPreTrainedModel, check_activation
+from mambalm.models.arguments import check_activation
+from mambalm.models.common import MambaBlock, MambalmForCausalLM, MambalmModel, MambalmPreTrainedModel
 
 
 def mamba_block(config: PreTrainedConfig, layer_idx: int, bcdt_rms_eps: float | None = None) -> MambaBlock:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import Mamba2Config, PreTrainedConfig
 
 from mambalm.layers import Mamba2, RMSNorm
-from mambalm.models.common import MambaBlock, MambalmForCausalLM, MambalmModel, MambalmPreTrainedModel, check_activation
+from mambalm.models.arguments import check_activation
+from mambalm.models.common import MambaBlock, MambalmForCausalLM, MambalmModel, MambalmPreTrainedModel
 
 
 class Mamba2PreTrainedModel(MambalmPreTrainedModel):
