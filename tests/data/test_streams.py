@@ -12,7 +12,7 @@ TOKENS = torch.arange(12 * 10 + 7)
 
 
 def test_an_epoch_predicts_every_token_once() -> None:
-    streams = SegmentStreams(TOKENS, batch_size=3, length=5, chunks=2)
+    streams = SegmentStreams(TOKENS, batch_size=3, length=5, chunks=2, groups=2)
     assert streams.steps_per_epoch == 8
     for epoch in range(2):
         batches = [streams[epoch * 8 + step] for step in range(8)]
@@ -21,13 +21,23 @@ def test_an_epoch_predicts_every_token_once() -> None:
     assert not torch.equal(streams[0].inputs, streams[8].inputs)
 
 
-def test_rows_continue_within_a_segment() -> None:
-    streams = SegmentStreams(TOKENS, batch_size=3, length=5, chunks=2)
-    for step in range(0, 8, 2):
-        first, second = streams[step], streams[step + 1]
-        assert first.starts
-        assert not second.starts
-        assert torch.equal(second.inputs[:, 0], first.targets[:, -1])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_rows_of_a_group_continue_within_a_segment(groups: int) -> None:
+    streams = SegmentStreams(TOKENS, batch_size=3, length=5, chunks=2, groups=groups)
+    assert streams.steps_per_epoch == 8
+    for block in range(0, 8, 2 * groups):
+        for group in range(groups):
+            first, second = streams[block + group], streams[block + groups + group]
+            assert (first.group, second.group) == (group, group)
+            assert first.starts
+            assert not second.starts
+            assert torch.equal(second.inputs[:, 0], first.targets[:, -1])
+
+
+def test_a_short_stream_has_fewer_groups() -> None:
+    streams = SegmentStreams(TOKENS, batch_size=5, length=5, chunks=2, groups=100)
+    assert streams.steps_per_epoch == 4
+    assert {streams[step].group for step in range(4)} == {0, 1}
 
 
 def test_a_batch_depends_on_its_step_and_the_seed_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -33,7 +34,7 @@ def make_run(seed: int = 0, vocab_size: int = 40) -> Run:
     torch.manual_seed(seed)
     model = MambaForCausalLM(config)
     tokens = torch.randint(0, vocab_size, (900,), generator=torch.Generator().manual_seed(1))
-    streams = SegmentStreams(tokens, batch_size=3, length=8, chunks=3)
+    streams = SegmentStreams(tokens, batch_size=3, length=8, chunks=3, groups=2)
     schedule = WarmupStableDecay(peak=1e-2, warmup=50, decay=0.5)
     budget = TokenBudget(STEPS * 24)
     return Run(model, adamw(model), streams, schedule, budget, identity={"corpus": "tiny"})
@@ -59,9 +60,11 @@ def test_a_resumed_run_equals_the_uninterrupted(tmp_path: Path, stop: int) -> No
     assert (second.step, second.tokens) == (STEPS, STEPS * 24)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value), name
-    for one, two in zip(whole.state.layers, second.state.layers, strict=True):
-        assert torch.equal(one.ssm, two.ssm)
-        assert torch.equal(one.conv, two.conv)
+    assert set(second.states) == {0, 1}
+    for group, state in whole.states.items():
+        for one, two in zip(state.layers, second.states[group].layers, strict=True):
+            assert torch.equal(one.ssm, two.ssm)
+            assert torch.equal(one.conv, two.conv)
 
 
 def test_training_learns_and_hands_the_state_on() -> None:
@@ -71,7 +74,7 @@ def test_training_learns_and_hands_the_state_on() -> None:
     run.budget = TokenBudget(40 * 24)
     finish(run, 40)
     assert run.losses[-1] < 0.5 * run.losses[0]
-    assert run.state.position.tolist() == [8 * (39 % 3 + 1)] * 3
+    assert run.states[0].position.tolist() == [8 * (39 % 3 + 1)] * 3
     batch = run.streams[1]
     _, before = next_token_loss(run.model, run.streams[0], None)
     with_state, _ = next_token_loss(run.model, batch, before.detach())
@@ -79,10 +82,12 @@ def test_training_learns_and_hands_the_state_on() -> None:
     assert with_state < without
 
 
-def test_the_learning_rate_ends_with_the_clock() -> None:
+def test_the_learning_rate_ends_with_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock) / 8)
     run = make_run()
-    run.budget = TimeBudget(0.5)
-    rates = []
+    run.budget = TimeBudget(4.0)
+    rates: list[float] = []
     train(
         run,
         save=lambda: None,
@@ -90,9 +95,11 @@ def test_the_learning_rate_ends_with_the_clock() -> None:
         on_step=lambda report: rates.append(report.learning_rate),
         should_stop=lambda: False,
     )
-    assert 0.5 <= run.seconds < 5
-    assert max(rates) == 1e-2
-    assert rates[-1] < 0.5e-2
+    # An eighth of a second for each step; the decay takes the second half.
+    assert (run.step, run.seconds) == (32, 4.0)
+    assert rates[2:16] == [1e-2] * 14
+    assert rates[24] == pytest.approx(1e-2 * 7.5 / 16)
+    assert rates[31] == pytest.approx(1e-2 * 0.5 / 16)
 
 
 def test_saves_on_the_way_and_at_the_end() -> None:

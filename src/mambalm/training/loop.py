@@ -66,8 +66,9 @@ class Run:
         compute_dtype: of the matrix products.
         clip: highest norm of the gradient.
         step, tokens, seconds: done so far; seconds are those of training.
-        state: what the model has read of the streams, detached: truncated backpropagation through time.
+        states: by group of rows, what the model has read of them, detached: truncated backpropagation through time.
         losses: one number per step.
+        notes: numbers that the caller wants kept with the run.
     """
 
     model: MambalmForCausalLM
@@ -81,8 +82,9 @@ class Run:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    state: State | None = None
+    states: dict[int, State] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+    notes: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_over(self) -> bool:
@@ -97,7 +99,7 @@ class Run:
         """
         batch = self.streams[self.step]
         with autocast(self.model.device, self.compute_dtype):
-            loss, state = next_token_loss(self.model, batch, None if batch.starts else self.state)
+            loss, state = next_token_loss(self.model, batch, None if batch.starts else self.states[batch.group])
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip).item()
@@ -106,12 +108,12 @@ class Run:
             raise RuntimeError(
                 f"step {self.step + 1}: loss {value}, gradient norm {norm}; resume with a lower learning rate"
             )
-        # Warm-up begins above zero: the tokens of this step count.
         tokens = self.tokens + batch.targets.numel()
-        rate = self.schedule(tokens, self.budget.horizon(self.tokens, self.seconds))
+        # At the middle of the step's tokens neither the first step of a warm-up nor the last of a decay is wasted.
+        rate = self.schedule((self.tokens + tokens) / 2, self.budget.horizon(self.tokens, self.seconds))
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
-        self.step, self.tokens, self.state = self.step + 1, tokens, state.detach()
+        self.step, self.tokens, self.states[batch.group] = self.step + 1, tokens, state.detach()
         self.losses.append(value)
         return Report(self.step, self.tokens, value, rate, norm)
 
@@ -127,8 +129,9 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": {"step": self.step, "tokens": self.tokens, "seconds": self.seconds},
-            "state": None if self.state is None else pytree.tree_leaves(self.state),
+            "states": {group: pytree.tree_leaves(state) for group, state in self.states.items()},
             "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "notes": self.notes,
             "random": torch.get_rng_state(),
         }
         with replacing(path) as file:
@@ -152,10 +155,9 @@ class Run:
         self.optimizer.load_state_dict(kept["optimizer"])
         for name, value in kept["progress"].items():
             setattr(self, name, value)
-        if kept["state"] is not None:
-            structure = pytree.tree_structure(self.model.init_state(1))
-            self.state = pytree.tree_unflatten(kept["state"], structure)
-        self.losses = kept["losses"].tolist()
+        structure = pytree.tree_structure(self.model.init_state(1))
+        self.states = {group: pytree.tree_unflatten(leaves, structure) for group, leaves in kept["states"].items()}
+        self.losses, self.notes = kept["losses"].tolist(), kept["notes"]
         torch.set_rng_state(kept["random"])
 
 
