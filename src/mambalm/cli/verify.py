@@ -24,6 +24,7 @@ def verify(
     dtype: Dtype = None,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the longest of three documents.")] = 80,
     gradients: Annotated[bool, typer.Option(help="Compare gradients too; they need most of the memory.")] = True,
 ) -> None:
     """Check that logits, final state and gradients are the same however the tokens are fed; exit 1 if they are not."""
@@ -34,7 +35,7 @@ def verify(
         models = {model: mambalm.load(model, dtype=parse_dtype(dtype), device=place)}
     failed = False
     for name, network in models.items():
-        checks = run_checks(network, seed=seed, gradients=gradients)
+        checks = run_checks(network, lengths=(length, 1, (length + 3) // 4), seed=seed, gradients=gradients)
         Console().print(_table(f"{name}, {str(network.dtype).removeprefix('torch.')}, {network.device}", checks))
         failed |= not all(check.passed for check in checks)
     if failed:
