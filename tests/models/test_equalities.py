@@ -161,7 +161,7 @@ def test_any_split_padding_and_packing(data: st.DataObject, name: str, prefix: i
     from mambalm import ops
 
     model = FAMILIES[name].model()
-    lengths = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(any))
+    lengths = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=3).filter(any))
     extra = data.draw(st.integers(0, 3))
     forms = [packed, padded(data.draw(st.booleans()), extra, data.draw(st.integers(0, 2)))]
     if len(set(lengths)) == 1:

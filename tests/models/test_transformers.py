@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    DataCollatorWithFlattening,
     DynamicCache,
     PreTrainedTokenizerFast,
     Trainer,
@@ -284,6 +285,17 @@ def test_trainer(name: str, tmp_path: Path) -> None:
 
 
 @families
+def test_transformers_own_packing(name: str) -> None:
+    """DataCollatorWithFlattening says by position_ids where the documents are."""
+    model = FAMILIES[name].model()
+    rows = [tokens(length, seed=length) for length in (7, 2, 4)]
+    batch = DataCollatorWithFlattening()([{"input_ids": row.tolist()} for row in rows])
+    separate = sum(model(row[None], labels=row[None]).loss * (len(row) - 1) for row in rows) / 10
+    assert batch["input_ids"].shape == (1, 13)
+    assert relative_error(model(**batch).loss, separate) <= FLOAT32
+
+
+@families
 def test_autocast(name: str) -> None:
     """The parameters' gradients stay float32, and the loss is off by bfloat16's rounding only."""
     model, ids = FAMILIES[name].model().train(), tokens(2, 9)
@@ -313,6 +325,17 @@ def test_one_graph(name: str) -> None:
         gradients = {k: parameter.grad.clone() for k, parameter in model.named_parameters()}
         results.append({"loss": output.loss, "position": output.cache_params.position} | gradients)
     assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_one_graph_of_packed_documents(name: str) -> None:
+    """Attention alone needs to know how long the longest document is."""
+    model, ids, offsets = FAMILIES[name].model(), tokens(1, 9), torch.tensor([0, 4, 4, 9])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    arguments = {"labels": ids, "cu_seqlens": offsets, "cache_params": model.init_state(3)}
+    expected, found = model(ids, **arguments), compiled(ids, **arguments)
+    assert_close({"logits": found.logits, "loss": found.loss}, {"logits": expected.logits, "loss": expected.loss})
 
 
 def test_a_mask_breaks_the_graph_by_name() -> None:
