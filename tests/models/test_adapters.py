@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,16 @@ def test_saved_adapters_load_again(name: str, tmp_path: Path) -> None:
         load_adapter(both, tmp_path, "second")
     plain = again.merge_and_unload()
     assert relative_error(plain(ids).logits, adapted(input_ids=ids).logits) <= FLOAT32
+
+
+@pytest.mark.parametrize("target", ["qkv_proj", "conv1d"])
+def test_an_adapter_for_other_modules_is_not_half_loaded(target: str, tmp_path: Path) -> None:
+    attach_adapter(FAMILIES["mamba"].model(), lora())[0].save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"target_modules": [*config["target_modules"], target]}))
+    with pytest.raises(ValueError, match=f"'{target}'"):
+        load_adapter(FAMILIES["mamba"].model(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2"])

@@ -124,6 +124,8 @@ def load_adapter(
             adapted = peft.PeftModel.from_pretrained(
                 model, path, adapter_name=adapter_name, is_trainable=is_trainable, **kwargs
             )
+    # PEFT is content when one of several targets is found.
+    _check_targets(base, adapted.peft_config[adapter_name].target_modules)
     return adapted, report(adapted)
 
 
