@@ -114,6 +114,7 @@ def load_adapter(
     nested = isinstance(model, peft.PeftModel)
     base: Any = model.get_base_model() if nested else model  # type: ignore[operator]
     _check_model(base)
+    adapted: Any
     with _unlisted(base):
         if nested:
             if adapter_name in model.peft_config:
