@@ -69,6 +69,20 @@ def test_each_row_stops_by_itself(tiny_model: PreTrainedModel) -> None:
     assert len({len(tokens) for tokens in stopped}) > 1
 
 
+def test_the_rows_that_go_on_keep_their_own_states(tiny_model: PreTrainedModel) -> None:
+    positions = []
+    handle = tiny_model.backbone.register_forward_pre_hook(
+        lambda module, arguments, options: positions.append(options["cache_params"].position.tolist()), with_kwargs=True
+    )
+    counts = [0, 0, 0]
+    for row, _ in decode(tiny_model, PROMPTS, Settings(max_new_tokens=5), lambda row: counts[row] == [4, 1, 5][row]):
+        counts[row] += 1
+    handle.remove()
+    # The prompts have 3, 1 and 9 tokens; the second row stops first, then the first.
+    assert positions == [[0, 0, 0], [3, 9], [4, 10], [5, 11], [12]]
+    assert counts == [4, 1, 5]
+
+
 def test_a_seed_repeats_and_a_row_is_the_same_alone(tiny_model: PreTrainedModel) -> None:
     settings = Settings(sampling=Sampling(temperature=2.0), max_new_tokens=10, seed=3)
     first = continuations(tiny_model, PROMPTS, settings)
