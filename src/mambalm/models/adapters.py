@@ -30,6 +30,8 @@ _NOT_CALLED = {
     "embeddings": "its tied head would not see the adapter",
     "lm_head": "it is tied to the embeddings",
 }
+# Arguments of loading that say where on the Hub an adapter is.
+_WHERE = ("cache_dir", "revision", "subfolder", "token")
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,9 @@ def load_adapter(
     nested = isinstance(model, peft.PeftModel)
     base: Any = model.get_base_model() if nested else model  # type: ignore[operator]
     _check_model(base)
+    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+    # PEFT is content when one of several targets is found.
+    _check_targets(base, peft.PeftConfig.from_pretrained(os.fspath(path), **where).target_modules)
     adapted: Any
     with _unlisted(base):
         if nested:
@@ -125,8 +130,6 @@ def load_adapter(
             adapted = peft.PeftModel.from_pretrained(
                 model, path, adapter_name=adapter_name, is_trainable=is_trainable, **kwargs
             )
-    # PEFT is content when one of several targets is found.
-    _check_targets(base, adapted.peft_config[adapter_name].target_modules)
     return adapted, report(adapted)
 
 
