@@ -69,7 +69,7 @@ def test_writes_a_checkpoint_a_curve_and_figures(finished: tuple[Path, str]) -> 
 def test_the_held_out_figure_is_that_of_the_saved_model(finished: tuple[Path, str], corpus: Path) -> None:
     output, _ = finished
     documents = read_documents(corpus)
-    split = hold_out(documents, sum(document.nbytes for document in documents) // 10)
+    split = hold_out(documents, sum(document.nbytes for document in documents) // 8)
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     found = bits_per_byte(mambalm.load(output / "model"), tokenizer, split.held_out_stream)
     results = json.loads((output / "results.json").read_text())
@@ -88,22 +88,19 @@ def test_a_finished_run_is_only_measured_again(finished: tuple[Path, str], corpu
     assert [path.read_bytes() for path in kept] == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_goes_on(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
+def test_a_signal_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     texts: list[str] = []
 
     def update(bar: ProgressBar, fraction: float, text: str) -> None:
         texts.append(text)
         if len(texts) == 3:
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(ProgressBar, "update", update)
         result = quickstart("--minutes", 10, "--corpus", corpus, "--output", output)
-    assert result.exit_code == 128 + number
+    assert result.exit_code == 128 + signal.SIGTERM
     assert "goes on from step 3" in result.output
     assert all("tokens/s" in text and "left" in text for text in texts)
     mambalm.load(output / "model")

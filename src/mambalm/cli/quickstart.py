@@ -63,7 +63,7 @@ _EVALUATION_CHUNK = 1024
 _LEAST_TRAINING = 0.3
 # What comes after training and evaluation: xz, the picture, the continued prompt.
 _CLOSING_SECONDS = 5.0
-_SAVE_EVERY = 15.0
+_SAVE_EVERY = 30.0
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,9 @@ def quickstart(
 
 
 def _split(documents: list[Document], recipe: Recipe) -> Split:
-    """A tenth of a small corpus is held out, of a large one about a megabyte."""
+    """An eighth of a small corpus is held out, of a large one about a megabyte."""
     total = sum(document.nbytes for document in documents)
-    return hold_out(documents, min(recipe.held_out_bytes, total // 10))
+    return hold_out(documents, min(recipe.held_out_bytes, total // 8))
 
 
 def _tokenizer(folder: Folder, split: Split, recipe: Recipe, console: Console) -> PreTrainedTokenizerFast:
