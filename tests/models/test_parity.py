@@ -64,6 +64,15 @@ def test_the_default_backend_agrees_too() -> None:
         compare(STOCK["falcon_mamba"])
 
 
+def test_the_loss_alone_is_the_same_loss() -> None:
+    model, ids = STOCK["mamba"].model(), tokens(2, 9)
+    alone = model(ids, labels=ids, skip_logits=True)
+    assert alone.logits is None
+    assert torch.equal(alone.loss, model(ids, labels=ids).loss)
+    with pytest.raises(ValueError, match="without labels"):
+        model(ids, skip_logits=True)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_output(family: Family) -> None:
     model, ids = family.model(), tokens(2, 9)

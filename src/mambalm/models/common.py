@@ -47,7 +47,7 @@ class CausalLMOutput(ModelOutput):
 
     Attributes:
         loss: mean cross-entropy of the next token, when labels are given.
-        logits: (b, l, v) float32, or fewer positions with `logits_to_keep`.
+        logits: (b, l, v) float32, or fewer positions with `logits_to_keep`; None with `skip_logits`.
     """
 
     loss: torch.Tensor | None = None
@@ -274,6 +274,7 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        skip_logits: bool = False,
         **unused: Any,
     ) -> tuple[Any, ...] | CausalLMOutput:
         """Logits of the next tokens; see `MambalmModel.forward` for the arguments that are not listed.
@@ -283,7 +284,10 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
                 document's first token, which nothing before it predicts.
             logits_to_keep: compute the logits of the last so many positions (0: all), or of these positions.
             num_items_in_batch: divide the sum of the losses by this instead of by the number of labels.
+            skip_logits: with labels, return the loss alone: tokens x vocabulary logits are never held in memory.
         """
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits leaves nothing to compute without labels: give labels, or do not skip")
         tokens = one_of(input_ids, inputs_embeds)
         shape = (tokens.shape[0], tokens.shape[1])
         packing = find_packing(shape, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens)
@@ -298,7 +302,9 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
             **unused,
         )
         hidden = outputs.last_hidden_state
-        logits = full_precision(self.lm_head(kept_positions(hidden, logits_to_keep)))
+        logits = None
+        if not skip_logits:
+            logits = full_precision(self.lm_head(kept_positions(hidden, logits_to_keep)))
         loss = None if labels is None else self._loss(hidden, labels, packing, num_items_in_batch)
         if not (self.config.return_dict if return_dict is None else return_dict):
             rest = (outputs.cache_params, outputs.hidden_states)
