@@ -1,18 +1,15 @@
 """What the GPU backends of the selective scan share: when they can run, what a launch is given, what comes after it."""
 
-import contextlib
-import functools
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from mambalm.ops import triton_support
 from mambalm.ops.backends import Call
+from mambalm.ops.triton_support import dense_channels, on
 
 # Steps between the states kept for the backward, which computes those between again: 4 / 16 * n bytes per element
 # of u. The Gluon backward holds one such piece in shared memory.
@@ -26,23 +23,9 @@ _MOST_SHARES = 64
 
 def unsupported(call: Call) -> str | None:
     """Why no Triton kernel can run the call."""
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it computes in float32, which is too coarse for {call.dtype}"
     if call.sizes.get("n", 1) > MOST_STATES:
         return f"it takes at most {MOST_STATES} states, the call has {call.sizes['n']}"
-    if triton.knobs.runtime.interpret:
-        return None
-    if call.device.type not in ("cuda", "xpu"):
-        return f"it needs a GPU, the tensors are on {call.device.type}"
-    return _no_compiler()
-
-
-@functools.cache
-def _no_compiler() -> str | None:
-    """Triton builds its launcher with the system's C compiler at the first launch."""
-    if os.environ.get("CC") or any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        return None
-    return "Triton's first launch needs a C compiler (gcc or clang on the PATH), and there is none"
+    return triton_support.unsupported(call)
 
 
 def checkpoint_shape(call: Call) -> tuple[int, ...]:
@@ -54,11 +37,6 @@ def checkpoint_shape(call: Call) -> tuple[int, ...]:
 def _pieces(b: int, l: int, documents: int | None) -> int:
     """Document i, from position p, keeps its states from piece p // steps + i on: disjoint without reading offsets."""
     return b * -(-l // CHECKPOINT_STEPS) if documents is None else l // CHECKPOINT_STEPS + documents
-
-
-def _dense_channels(t: Tensor) -> Tensor:
-    """``t`` with its last axis contiguous; the others may have any stride."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 @dataclass(frozen=True)
@@ -94,20 +72,19 @@ class Problem:
         """Shapes as in the interface, B and C with their group axis (b, l, g, n)."""
         b, l, d = u.shape
         along = {"u": u, "delta": delta, "B": B, "C": C, "z": z}
-        along = {name: None if t is None else _dense_channels(t) for name, t in along.items()}
+        along = {name: None if t is None else dense_channels(t) for name, t in along.items()}
         whole = {"A": A, "D": D, "bias": delta_bias, "initial": initial_state, "cu_seqlens": cu_seqlens}
         whole = {name: None if t is None else t.contiguous() for name, t in whole.items()}
         strides: dict[str, int] = {}
         for name, t in along.items():
-            strides |= _stride_arguments(name, t)
+            strides |= stride_arguments(name, t)
         rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
         sizes = (b, l, d, A.shape[1], B.shape[2], rows)
         return Problem(along | whole, strides, *sizes, delta_softplus, u.dtype, u.device)
 
-    @property
-    def shares(self) -> int:
-        """Programs per block of channels in the backward."""
-        return min(self.rows, _MOST_SHARES)
+    def shares(self, chunks: int = 1) -> int:
+        """Programs per block of channels in the backward, when rows are cut into ``chunks``."""
+        return min(self.rows * chunks, _MOST_SHARES)
 
     def blocks(self, block: int) -> int:
         """Blocks of ``block`` channels; none reaches over the border of a group."""
@@ -116,14 +93,15 @@ class Problem:
     def arguments(self) -> dict[str, Any]:
         """What both kernels take first, by name."""
         sizes = {"length": self.l, "channels": self.d, "states": self.n, "groups": self.g}
+        sizes["per_group"] = self.d // self.g
         return {**self.tensors, **self.strides, **sizes, "SOFTPLUS": self.softplus, "PIECE": CHECKPOINT_STEPS}
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised float32 tensor on the call's device."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def gradients(self, blocks_per_group: int) -> "Gradients":
-        """Empty buffers for a backward that cuts each group into that many blocks."""
+    def gradients(self, blocks_per_group: int, shares: int) -> "Gradients":
+        """Empty buffers for a backward with that many blocks in a group and programs for a block."""
 
         def dense(name: str) -> Tensor | None:
             t = self.tensors[name]
@@ -136,11 +114,11 @@ class Problem:
             du=dense("u"),
             ddelta=dense("delta"),
             dz=dense("z"),
-            dA=self.empty(self.shares, self.d, self.n),
+            dA=self.empty(shares, self.d, self.n),
             dB=self.empty(blocks_per_group, self.b, self.l, self.g, self.n),
             dC=self.empty(blocks_per_group, self.b, self.l, self.g, self.n),
-            dD=if_given("D", self.shares, self.d),
-            dbias=if_given("bias", self.shares, self.d),
+            dD=if_given("D", shares, self.d),
+            dbias=if_given("bias", shares, self.d),
             dinitial=if_given("initial", self.rows, self.d, self.n),
         )
 
@@ -170,49 +148,56 @@ def _sum_of_shares(shares: Tensor | None) -> Tensor | None:
     return shares if shares is None else shares[0] if shares.shape[0] == 1 else shares.sum(0)
 
 
-def _stride_arguments(name: str, t: Tensor | None) -> dict[str, int]:
+def stride_arguments(name: str, t: Tensor | None) -> dict[str, int]:
     """The strides of all axes but the last, named by the axis: b, l and, of B and C, g."""
     axes: Sequence[str] = "blg" if name in "BC" else "bl"
     return {f"{name}_{axis}": 0 if t is None else t.stride(i) for i, axis in enumerate(axes)}
 
 
-def launch_forward(kernel: Any, problem: Problem, save: bool, *, BLOCK: int, **meta: int) -> tuple[Tensor, ...]:
-    """y, the final state and the checkpoints (empty unless ``save``), by a kernel for blocks of ``BLOCK`` channels."""
+def launch_forward(
+    kernel: Any, problem: Problem, save: bool, *, BLOCK: int, chunks: int = 1, **meta: Any
+) -> tuple[Tensor, ...]:
+    """y, the final state and the checkpoints (empty unless ``save``), by a kernel for blocks of ``BLOCK`` channels that
+    cuts each row into ``chunks``."""
     y = torch.empty(problem.b, problem.l, problem.d, dtype=problem.dtype, device=problem.device)
     final = problem.empty(problem.rows, problem.d, problem.n)
     documents = None if problem.tensors["cu_seqlens"] is None else problem.rows
     pieces = _pieces(problem.b, problem.l, documents)
     checkpoints = problem.empty(pieces, problem.d, problem.n) if save else None
-    with _on(problem.device):
-        kernel[(problem.blocks(BLOCK) * problem.rows,)](
+    with on(problem.device):
+        kernel[(problem.blocks(BLOCK) * problem.rows * chunks,)](
             **problem.arguments(), y=y, final=final, checkpoints=checkpoints, BLOCK=BLOCK, **meta
         )
     return y, final, problem.empty(0) if checkpoints is None else checkpoints
 
 
 def launch_backward(
-    kernel: Any, problem: Problem, dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor, *, BLOCK: int, **meta: Any
+    kernel: Any,
+    problem: Problem,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    checkpoints: Tensor,
+    *,
+    BLOCK: int,
+    chunks: int = 1,
+    **meta: Any,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state."""
-    gradients = problem.gradients(problem.blocks(BLOCK) // problem.g)
-    dy = _dense_channels(dy)
-    with _on(problem.device):
-        kernel[(problem.blocks(BLOCK) * problem.shares,)](
+    shares = problem.shares(chunks)
+    gradients = problem.gradients(problem.blocks(BLOCK) // problem.g, shares)
+    dy = dense_channels(dy)
+    with on(problem.device):
+        kernel[(problem.blocks(BLOCK) * shares,)](
             **problem.arguments(),
             **vars(gradients),
-            **_stride_arguments("dy", dy),
+            **stride_arguments("dy", dy),
             dy=dy,
             dfinal=None if dfinal is None else dfinal.contiguous(),
             checkpoints=checkpoints,
             tokens=problem.b * problem.l,
             rows=problem.rows,
-            shares=problem.shares,
+            shares=shares,
             BLOCK=BLOCK,
             **meta,
         )
     return gradients.result()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

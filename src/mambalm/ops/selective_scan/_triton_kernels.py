@@ -8,16 +8,12 @@ from its own state and nothing is reset on the way.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from mambalm.ops.triton_support import LOG2E, sigmoid, silu_gradient
+
 # log1p(e) / e on [0, 1] to 2e-7, least squares weighted towards equal relative error, rising powers.
 LOG1P = tl.constexpr(
     (0.999999806, -0.499974053, 0.332754776, -0.244954498, 0.177452043, -0.10768117, 0.0440892381, -0.00853909631)
 )
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
 @triton.jit
@@ -91,6 +87,7 @@ def scan_forward(
     z_l,
     length,
     channels,
+    per_group,
     states,
     groups,
     SOFTPLUS: tl.constexpr,
@@ -98,7 +95,6 @@ def scan_forward(
     BLOCK: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    per_group = channels // groups
     blocks = tl.cdiv(per_group, BLOCK)
     block = tl.program_id(0) % (blocks * groups)
     row = (tl.program_id(0) // (blocks * groups)).to(tl.int64)
@@ -190,6 +186,7 @@ def scan_backward(
     dy_l,
     length,
     channels,
+    per_group,
     states,
     groups,
     tokens,
@@ -200,7 +197,6 @@ def scan_backward(
     BLOCK: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    per_group = channels // groups
     blocks = tl.cdiv(per_group, BLOCK)
     block = tl.program_id(0) % (blocks * groups)
     share = (tl.program_id(0) // (blocks * groups)).to(tl.int64)
@@ -265,10 +261,9 @@ def scan_backward(
                 if z is not None:
                     gate = tl.load(z + batch * z_b + (begin + at) * z_l + channel, mask=inside, other=0.0)
                     gate = gate.to(tl.float32)
-                    s = sigmoid(gate)
-                    dgate = out * (tl.sum(h * c[None, :], axis=1) + skip * x) * s * (1.0 + gate * (1.0 - s))
+                    dgate = out * (tl.sum(h * c[None, :], axis=1) + skip * x) * silu_gradient(gate)
                     tl.store(dz + here, dgate.to(dz.dtype.element_ty), mask=inside)
-                    out *= gate * s
+                    out *= gate * sigmoid(gate)
                 dh += out[:, None] * c[None, :]
                 pair = ((pair_block + token + at) * groups + group) * states + state
                 tl.store(dC + pair, tl.sum(out[:, None] * h, axis=0), mask=known)

@@ -37,6 +37,6 @@ def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tenso
     *inputs, checkpoints = arguments
     problem = Problem.of(*inputs)
     blocks = _blocks(problem, _BACKWARD_CELLS)
-    programs = problem.blocks(blocks["BLOCK"]) * problem.shares
+    programs = problem.blocks(blocks["BLOCK"]) * problem.shares()
     scratch = problem.empty(programs, CHECKPOINT_STEPS, blocks["BLOCK"], blocks["STATES"])
     return _launch.launch_backward(scan_backward, problem, dy, dfinal_state, checkpoints, scratch=scratch, **blocks)

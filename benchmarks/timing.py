@@ -1,0 +1,46 @@
+"""What every GPU benchmark measures with: device time on cold caches, and where and with what it was measured."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+
+import torch
+
+# More than any L2, and cycles enough for the host to have launched everything before the device gets to it.
+_FLUSH_BYTES, _HEAD_START = 256 << 20, 2_000_000
+
+
+def device_ms(function: Callable[[], object], repeats: int = 15) -> float:
+    """The median device time of ``function`` in milliseconds: the L2 is flushed, and the device kept busy while the
+    host launches, so that neither its overhead nor warm caches are in the figure."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        torch.cuda._sleep(_HEAD_START)
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return round(statistics.median(times), 4)
+
+
+def provenance() -> dict[str, str]:
+    """Device, versions and commit, for the head of a results file."""
+    import triton
+
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
