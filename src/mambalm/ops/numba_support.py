@@ -191,7 +191,7 @@ def bits(tensor: Tensor) -> np.ndarray:
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None
 
 
-def _workers(count: int) -> ThreadPoolExecutor:
+def workers(count: int) -> ThreadPoolExecutor:
     """A pool of this process: threads do not outlive a fork, so a child makes its own."""
     global _pool
     if _pool is None or _pool[0] != os.getpid() or _pool[1] < count:
@@ -217,7 +217,7 @@ def parallel(run: Callable[..., Any], jobs: int, work: int, arguments: Sequence[
         for first, last in ranges:
             run(first, last, *arguments)
 
-    others = [_workers(threads - 1).submit(drain) for _ in range(threads - 1)]
+    others = [workers(threads - 1).submit(drain) for _ in range(threads - 1)]
     drain()
     for other in others:
         other.result()

@@ -16,7 +16,7 @@ KEPT_EVERY = 16
 
 
 @inline
-def _padded(n):  # type: ignore[no-untyped-def]
+def padded_states(n):  # type: ignore[no-untyped-def]
     return (n + 7) // 8 * 8
 
 
@@ -81,10 +81,36 @@ def _update(h, rate, step, inflow, y, b, c):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _load_rates(rate, A, e, width, scale):  # type: ignore[no-untyped-def]
+def load_rates(rate, A, e, width, scale):  # type: ignore[no-untyped-def]
     for j in range(width):
         for i in range(A.shape[1]):
             rate[i, j] = A[e + j, i] * scale
+
+
+@inline
+def advance(  # type: ignore[no-untyped-def]
+    t, group, e, width, u, u_row, delta, delta_row, z, z_row, gated, soft, B, C, D, bias, y, h, rate, rows, b, c
+):
+    """Step t of a block of channels: y, and the states h (n, BLOCK) after it. ``rows`` is room for five."""
+    x, raw, step, inflow, out = rows[0], rows[1], rows[2], rows[3], rows[4]
+    _load_step(t, e, width, u, u_row, delta, delta_row, bias, soft, x, raw, step)
+    _load_padded(t, group, B, b)
+    _load_padded(t, group, C, c)
+    for j in range(BLOCK):
+        inflow[j] = step[j] * x[j]
+        out[j] = f32(0)
+    _update(h, rate, step, inflow, out, b, c)
+    skip = part(D, e, width)
+    for j in range(width):
+        out[j] += skip[j] * x[j]
+    if gated:
+        gate = part(z, t * z_row + e, width)
+        for j in range(width):
+            g = widen(gate[j])
+            out[j] *= g * sigmoid(g)
+    result = part(y, t * D.size + e, width)
+    for j in range(width):
+        result[j] = narrow(result, out[j])
 
 
 @kernel
@@ -113,10 +139,9 @@ def forward(  # type: ignore[no-untyped-def]
 ):
     """Jobs first..last: y and final, and the kept states if ``save``."""
     d, n = A.shape
-    padded = _padded(n)
+    padded = padded_states(n)
     h, rate = np.zeros((padded, BLOCK), f32), np.zeros((padded, BLOCK), f32)
     rows = np.zeros((5, BLOCK), f32)
-    x, raw, step, inflow, out = rows[0], rows[1], rows[2], rows[3], rows[4]
     b, c = np.zeros(padded, f32), np.zeros(padded, f32)
     for job in range(first, last):
         document, group, _, e, width = _locate(job, d, B.shape[1])
@@ -124,8 +149,8 @@ def forward(  # type: ignore[no-untyped-def]
         h[:] = f32(0)
         rate[:] = f32(0)
         rows[:] = f32(0)
-        _load_rates(rate, A, e, width, LOG2_E)
-        _load_rates(h, initial[document], e, width, f32(1))
+        load_rates(rate, A, e, width, LOG2_E)
+        load_rates(h, initial[document], e, width, f32(1))
         for t in range(begin, end):
             if save and (t - begin) % KEPT_EVERY == 0:
                 slot = begin // KEPT_EVERY + document + (t - begin) // KEPT_EVERY
@@ -133,24 +158,30 @@ def forward(  # type: ignore[no-untyped-def]
                     target = part(kept[slot, i], e, width)
                     for j in range(width):
                         target[j] = h[i, j]
-            _load_step(t, e, width, u, u_row, delta, delta_row, bias, soft, x, raw, step)
-            _load_padded(t, group, B, b)
-            _load_padded(t, group, C, c)
-            for j in range(BLOCK):
-                inflow[j] = step[j] * x[j]
-                out[j] = f32(0)
-            _update(h, rate, step, inflow, out, b, c)
-            skip = part(D, e, width)
-            for j in range(width):
-                out[j] += skip[j] * x[j]
-            if gated:
-                gate = part(z, t * z_row + e, width)
-                for j in range(width):
-                    g = widen(gate[j])
-                    out[j] *= g * sigmoid(g)
-            result = part(y, t * d + e, width)
-            for j in range(width):
-                result[j] = narrow(result, out[j])
+            advance(
+                t,
+                group,
+                e,
+                width,
+                u,
+                u_row,
+                delta,
+                delta_row,
+                z,
+                z_row,
+                gated,
+                soft,
+                B,
+                C,
+                D,
+                bias,
+                y,
+                h,
+                rate,
+                rows,
+                b,
+                c,
+            )
         for j in range(width):
             for i in range(n):
                 final[document, e + j, i] = h[i, j]
@@ -277,7 +308,7 @@ def backward(  # type: ignore[no-untyped-def]
 ):
     """Jobs first..last: all gradients; a document's share of dA, dD, dbias, a block's share of dB and dC."""
     d, n = A.shape
-    padded = _padded(n)
+    padded = padded_states(n)
     rates, plain = np.zeros((padded, BLOCK), f32), np.zeros((padded, BLOCK), f32)
     g, sum_A = np.zeros((padded, BLOCK), f32), np.zeros((padded, BLOCK), f32)
     h = np.zeros((KEPT_EVERY + 1, padded, BLOCK), f32)
@@ -299,9 +330,9 @@ def backward(  # type: ignore[no-untyped-def]
             local[:] = f32(0)
         for local in (dy, sum_D, sum_bias):
             local[:] = f32(0)
-        _load_rates(rates, A, e, width, LOG2_E)
-        _load_rates(plain, A, e, width, f32(1))
-        _load_rates(g, dfinal[document], e, width, f32(1))
+        load_rates(rates, A, e, width, LOG2_E)
+        load_rates(plain, A, e, width, f32(1))
+        load_rates(g, dfinal[document], e, width, f32(1))
         for chunk in range((end - begin + KEPT_EVERY - 1) // KEPT_EVERY - 1, -1, -1):
             start = begin + chunk * KEPT_EVERY
             length = min(KEPT_EVERY, end - start)

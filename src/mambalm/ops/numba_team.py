@@ -1,0 +1,267 @@
+"""A team of threads for lists of jobs that each take microseconds: a decode step is about 150 of them.
+
+A job is the address of a compiled function and of its arguments, split into chunks that any thread may take. Threads
+hand work over through one counter in memory, so a hand-over costs nanoseconds where a pool's costs tens of
+microseconds. The caller takes chunks as well and waits only for those that others have begun: a team whose threads are
+late, or not there at all, is slow but never stuck. Threads that find no job for about a millisecond go back to the
+pool.
+"""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from mambalm.ops.numba_support import FAST, workers
+
+_I64 = ir.IntType(64)
+# Words of the shared memory, a cache line apart: chunks that nobody took yet, chunks done, threads in `_serve`.
+_LEFT, _DONE, _SERVING, _FUNCTION, _ARGUMENTS = 0, 8, 16, 24, 25
+_WORDS = 32
+_PATIENCE = 20_000  # spins without work before a thread leaves
+_PAUSE = {
+    "x86_64": ("llvm.x86.sse2.pause", ()),
+    "AMD64": ("llvm.x86.sse2.pause", ()),
+    "aarch64": ("llvm.aarch64.hint", (1,)),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compiled function that reads and writes memory at fixed addresses.
+
+    Attributes:
+        function: made by ``job``.
+        arguments: int64; addresses, sizes, and float64 by their bits.
+        chunks: it is called with 0..chunks - 1, in any order, at the same time.
+        owners: whatever the addresses point into, to keep it alive.
+    """
+
+    function: Any
+    arguments: np.ndarray
+    chunks: int
+    owners: tuple[Any, ...]
+
+
+def job(function: Callable[..., None]) -> Any:
+    """Compile ``function(chunk, arguments)``, the arguments a pointer to int64, for a fixed address.
+
+    An exception inside would be printed and forgotten: jobs raise none.
+    """
+    signature = types.void(types.int64, types.CPointer(types.int64))
+    return cfunc(signature, nopython=True, cache=True, fastmath=FAST, error_model="numpy")(function)
+
+
+def make(function: Any, chunks: int, *arguments: torch.Tensor | np.ndarray | int | float | None) -> Job:
+    """A job on contiguous tensors and arrays (by address; None is 0), integers, and floats."""
+    values = [_word(argument) for argument in arguments]
+    return Job(function, np.array(values, np.int64), chunks, arguments)
+
+
+def _word(argument: torch.Tensor | np.ndarray | int | float | None) -> int:
+    if isinstance(argument, torch.Tensor):
+        assert argument.is_contiguous()
+        return argument.data_ptr()
+    if isinstance(argument, np.ndarray):
+        assert argument.flags.c_contiguous
+        return int(argument.ctypes.data)
+    if isinstance(argument, float):
+        return int(np.float64(argument).view(np.int64))
+    return 0 if argument is None else int(argument)
+
+
+@intrinsic
+def _pointer(context, address):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@njit(nogil=True, inline="always")
+def floats_at(address, size):  # type: ignore[no-untyped-def]
+    """``size`` float32 at an address."""
+    return carray(_pointer(address), (size,), np.float32)
+
+
+@njit(nogil=True, inline="always")
+def integers_at(address, size):  # type: ignore[no-untyped-def]
+    """``size`` int64 at an address."""
+    return carray(_pointer(address), (size,), np.int64)
+
+
+@intrinsic
+def float_of(context, word):  # type: ignore[no-untyped-def]
+    """The float64 that was passed as an argument."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.DoubleType())
+
+    return types.float64(types.int64), generate
+
+
+@intrinsic
+def _call(context, function, chunk, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.VoidType(), [_I64, _I64])
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), values[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+def _word_pointer(builder, address, index):  # type: ignore[no-untyped-def]
+    return builder.inttoptr(builder.add(address, builder.mul(index, _I64(8))), _I64.as_pointer())
+
+
+@intrinsic
+def _read(context, shared, index):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        return builder.load_atomic(_word_pointer(builder, *values), "acquire", 8)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def _write(context, shared, index, value):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        builder.store_atomic(values[2], _word_pointer(builder, *values[:2]), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _add(context, shared, index, value):  # type: ignore[no-untyped-def]
+    """Add to a word; the value before."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("add", _word_pointer(builder, *values[:2]), values[2], "acq_rel")
+
+    return types.int64(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _swap(context, shared, index, old, new):  # type: ignore[no-untyped-def]
+    """Write ``new`` if the word is ``old``; whether it was."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        result = builder.cmpxchg(_word_pointer(builder, *values[:2]), values[2], values[3], "acq_rel", "acquire")
+        return builder.extract_value(result, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _pause(context):  # type: ignore[no-untyped-def]
+    """Tell the processor that this is a loop that waits."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        if platform.machine() in _PAUSE:
+            name, constants = _PAUSE[platform.machine()]
+            kinds = [ir.IntType(32)] * len(constants)
+            hint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
+            builder.call(hint, [kind(constant) for kind, constant in zip(kinds, constants, strict=True)])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@njit(nogil=True)
+def _take(shared):  # type: ignore[no-untyped-def]
+    """A chunk of the current job, or -1. What is taken cannot be of a finished job: finishing takes all chunks."""
+    left = _read(shared, _LEFT)
+    while left > 0:
+        if _swap(shared, _LEFT, left, left - 1):
+            return left - 1
+        left = _read(shared, _LEFT)
+    return -1
+
+
+@njit(nogil=True, cache=True)
+def _serve(shared):  # type: ignore[no-untyped-def]
+    """Work on whatever jobs come, until none has come for a while."""
+    idle = 0
+    while idle < _PATIENCE:
+        chunk = _take(shared)
+        if chunk >= 0:
+            _call(_read(shared, _FUNCTION), chunk, _read(shared, _ARGUMENTS))
+            _add(shared, _DONE, 1)
+            idle = 0
+        else:
+            _pause()
+            idle += 1
+    _add(shared, _SERVING, -1)
+
+
+@njit(nogil=True, cache=True)
+def _run(jobs, shared):  # type: ignore[no-untyped-def]
+    """All jobs (count, 3) one after the other: address of the function, of its arguments, chunks."""
+    for i in range(jobs.shape[0]):
+        function, arguments, chunks = jobs[i, 0], jobs[i, 1], jobs[i, 2]
+        if chunks == 1:
+            _call(function, 0, arguments)
+            continue
+        _write(shared, _FUNCTION, function)
+        _write(shared, _ARGUMENTS, arguments)
+        _write(shared, _DONE, 0)
+        _write(shared, _LEFT, chunks)
+        mine = 0
+        chunk = _take(shared)
+        while chunk >= 0:
+            _call(function, chunk, arguments)
+            mine += 1
+            chunk = _take(shared)
+        while _read(shared, _DONE) + mine < chunks:
+            _pause()
+
+
+class JobList:
+    """Jobs that are run in order, again and again, by one caller at a time, on torch's number of threads."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = tuple(jobs)
+        words = [(job.function.address, job.arguments.ctypes.data, job.chunks) for job in jobs]
+        self._table = np.array(words, np.int64).reshape(-1, 3)
+
+    def run(self, team: "Team") -> None:
+        """Run all jobs; done when this returns."""
+        team.call_in()
+        _run(self._table, team.address)
+
+
+class Team:
+    """The memory that one caller and the threads that help it share."""
+
+    def __init__(self) -> None:
+        self._shared = np.zeros(_WORDS + 8, np.int64)
+        # The words must not share a cache line with each other: start on one.
+        self.address = -(-self._shared.ctypes.data // 64) * 64
+
+    def call_in(self) -> None:
+        """See that torch's number of threads, less the caller, are working."""
+        others = torch.get_num_threads() - 1
+        for _ in range(others - _serving(self.address)):
+            _join(self.address)
+            workers(others).submit(_keep_serving, self._shared, self.address)
+
+
+def _keep_serving(owner: np.ndarray, address: int) -> None:
+    _serve(address)
+
+
+@njit(cache=True)
+def _serving(shared):  # type: ignore[no-untyped-def]
+    return _read(shared, _SERVING)
+
+
+@njit(cache=True)
+def _join(shared):  # type: ignore[no-untyped-def]
+    _add(shared, _SERVING, 1)

@@ -1,0 +1,68 @@
+"""Linear layers as jobs: y = W x + bias for one float32 vector x, the weight as it lies in memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mambalm.ops.numba_team import Job, make
+from mambalm.quantization import _numba_kernels as kernels
+from mambalm.quantization.schemes import GROUP, MULTIPLE, ROWS, Packed
+
+# Bytes of weights that a thread takes at once: enough to hide the taking, few enough to share a small weight.
+_CHUNK_BYTES = 48 * 1024
+_PLAIN = {torch.float32: kernels.float32, torch.bfloat16: kernels.bfloat16}
+
+
+def refuses(weight: Tensor) -> str | None:
+    """Why no job reads a weight (out, in) that is not packed; None if one does."""
+    if weight.device.type != "cpu":
+        return f"it is on {weight.device.type}"
+    if weight.dtype not in _PLAIN:
+        return f"it is {weight.dtype}"
+    if weight.shape[1] % kernels.LANES or weight.shape[0] < ROWS or not weight.is_contiguous():
+        return f"it is not contiguous, has fewer than {ROWS} rows, or no multiple of {kernels.LANES} columns"
+    return None
+
+
+def plain(weight: Tensor, bias: Tensor | None, x: Tensor, y: Tensor, *, added: bool = False) -> list[Job]:
+    """y (out) = weight (out, in) x + bias, or added to y; x, bias and y float32, weight float32 or bfloat16."""
+    weight = weight.detach()
+    rows, size = weight.shape
+    bytes_per_row = size * weight.itemsize
+    turn = kernels.LANES * weight.itemsize
+    strides = (rows, bytes_per_row, 0, bytes_per_row, turn, size // kernels.LANES)
+    return [_product(_PLAIN[weight.dtype], weight, None, x, None, y, bias, added, rows, strides)]
+
+
+def packed(weight: Packed, bias: Tensor | None, x: Tensor, y: Tensor, *, added: bool = False) -> list[Job]:
+    """The same for a packed weight."""
+    blocks, turns = weight.values.shape[:2]
+    inputs = torch.zeros(-(-weight.in_features // MULTIPLE[weight.bits]) * MULTIPLE[weight.bits])
+    offset = torch.zeros(inputs.numel() // GROUP, kernels.LANES)
+    ready = make(kernels.prepare, 1, x, inputs, offset, weight.in_features, weight.bits == 4)
+    row, scale = weight.values[0, 0, 0].nbytes, weight.scales[0, 0, 0].nbytes
+    strides = (blocks * ROWS, turns * row, turns * scale, row, ROWS * row, turns)
+    function = kernels.int4 if weight.bits == 4 else kernels.int8
+    arguments = (weight.values, weight.scales, inputs, offset, y, bias, added, weight.out_features, strides)
+    return [ready, _product(function, *arguments)]
+
+
+def _product(
+    function: object,
+    weight: Tensor,
+    scales: Tensor | None,
+    x: Tensor,
+    offset: Tensor | None,
+    y: Tensor,
+    bias: Tensor | None,
+    added: bool,
+    out: int,
+    strides: tuple[int, ...],
+) -> Job:
+    per_chunk = max(1, _CHUNK_BYTES // (ROWS * strides[1]))
+    chunks = math.ceil(out / ROWS / per_chunk)
+    bias = None if bias is None else bias.detach().float()
+    return make(function, chunks, weight, scales, x, offset, y, bias, added, out, *strides, per_chunk)
