@@ -61,6 +61,8 @@ class Recipe:
 _EVALUATION_CHUNK = 1024
 # However slow the machine: this part of the time goes into training.
 _LEAST_TRAINING = 0.3
+# And at most this part is kept back for the evaluation.
+_MOST_EVALUATION = 0.15
 # What comes after training and evaluation: xz, the picture, the continued prompt.
 _CLOSING_SECONDS = 5.0
 _SAVE_EVERY = 30.0
@@ -128,9 +130,11 @@ def quickstart(
     else:
         export(run.model, tokenizer, folder.model)
     if run.notes.get("minutes") != minutes:
-        spent = time.perf_counter() - started + _evaluation_seconds(run, tokenizer, split.held_out_stream)
-        seconds = max(60 * minutes - spent - _CLOSING_SECONDS, _LEAST_TRAINING * 60 * minutes)
-        run.notes = {"minutes": minutes, "training_seconds": seconds}
+        total = 60 * minutes
+        # A forecast made while the machine is busy is too high: it may not take the time from the training.
+        evaluation = min(_evaluation_seconds(run, tokenizer, split.held_out_stream), _MOST_EVALUATION * total)
+        spent = time.perf_counter() - started + evaluation + _CLOSING_SECONDS
+        run.notes = {"minutes": minutes, "training_seconds": max(total - spent, _LEAST_TRAINING * total)}
     # A resumed run has the seconds that it was given first, whatever its new start took.
     run.budget = TimeBudget(run.notes["training_seconds"])
     _describe(console, run, split, folder)
@@ -200,7 +204,7 @@ def _evaluation_seconds(run: Run, tokenizer: PreTrainedTokenizerFast, text: str)
     run.model.eval()
     clock = [time.perf_counter()]
     with autocast(run.model.device, run.compute_dtype):
-        chunks = itertools.islice(chunk_bits(run.model, tokens, _EVALUATION_CHUNK), 4)
+        chunks = itertools.islice(chunk_bits(run.model, tokens, _EVALUATION_CHUNK), 10)
         clock += [time.perf_counter() for _ in chunks]
     fastest = min(end - start for start, end in itertools.pairwise(clock))
     return fastest * len(tokens) / _EVALUATION_CHUNK
