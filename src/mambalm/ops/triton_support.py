@@ -54,7 +54,7 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 @triton.jit
 def sigmoid(x):  # type: ignore[no-untyped-def]
     """1 / (1 + e^-x) in float32."""
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
 
 
 @triton.jit

@@ -11,17 +11,13 @@ import triton.language as tl
 
 from mambalm.ops.triton_support import sigmoid, silu_gradient
 
-SIZES = ["x_b", "dy_b", "length", "documents", "tokens", "chunk"]
+SIZES = ["length", "documents", "tokens", "chunk"]
 
 
 @triton.jit
 def edge(cu_seqlens, document, length):
     """Where a document begins, in tokens."""
-    if cu_seqlens is None:
-        token = document * length
-    else:
-        token = tl.load(cu_seqlens + document).to(tl.int64)
-    return token
+    return document * length if cu_seqlens is None else tl.load(cu_seqlens + document).to(tl.int64)
 
 
 @triton.jit
@@ -86,13 +82,48 @@ def inputs_before(x, x_l, state, channel, channels, t, K: tl.constexpr):
 
 
 @triton.jit
+def load_rows(at, stride, channel, channels, left, ROWS: tl.constexpr):
+    """ROWS rows as they are stored; zeros from the ``left``-th on."""
+    rows = ()
+    for i in tl.static_range(ROWS):
+        rows += (tl.load(at, mask=those(channel, channels, i < left), other=0.0),)
+        at += stride
+    return rows
+
+
+@triton.jit
+def skip_rows(at, stride, ROWS: tl.constexpr):
+    """ROWS rows on. By additions, since the product could pass 32 bits."""
+    for _ in tl.static_range(ROWS):
+        at += stride
+    return at
+
+
+@triton.jit
 def weighted_sum(start, rows, weights, K: tl.constexpr, REVERSED: tl.constexpr = False):
     for j in tl.static_range(K):
         start += rows[K - 1 - j if REVERSED else j] * weights[j]
     return start
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def keep_last_inputs(
+    x, x_b, x_l, initial, cu_seqlens, final, document, length, channel, channels, K: tl.constexpr, PADDED: tl.constexpr
+):
+    """The final state of a document."""
+    begin = edge(cu_seqlens, document, length)
+    steps = edge(cu_seqlens, document + 1, length) - begin
+    x += channel + (document * x_b if cu_seqlens is None else begin * x_l)
+    state_row = document * channels * (K - 1)
+    state = ()
+    if initial is not None:
+        near = those(channel, channels, steps < K - 1)
+        state = load_columns(initial + state_row, channel, near, x.dtype.element_ty, K - 1, PADDED)
+    rows = inputs_before(x, x_l, state, channel, channels, steps, K)
+    store_columns(final + state_row, channel, channel < channels, rows, K - 1, PADDED)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "chunks"])
 def convolve_forward(
     x,
     weight,
@@ -108,55 +139,61 @@ def convolve_forward(
     documents,
     tokens,
     chunk,
+    chunks,
     SILU: tl.constexpr,
     K: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """y and the final states; a program takes ``chunk`` tokens and BLOCK channels, ROWS loads at a time."""
+    """y, of ``chunk`` tokens and BLOCK channels by each of the first programs, and the final states by those after.
+
+    In the same programs the final states would take registers from the loop, 128 instead of 72.
+    """
     blocks = tl.cdiv(channels, BLOCK)
     channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < channels
-    start = (tl.program_id(0) // blocks).to(tl.int64) * chunk
-    stop = tl.minimum(start + chunk, tokens)
-    taps = load_columns(weight, channel, inside, tl.float32, K, PADDED)
-    offset = tl.zeros((BLOCK,), tl.float32)
-    if bias is not None:
-        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-
-    document = first_document(cu_seqlens, documents, length, start)
-    begin = edge(cu_seqlens, document, length)
-    # Empty documents at the very end belong to the last chunk.
-    while (document < documents) & ((begin < stop) | (stop == tokens)):
-        end = edge(cu_seqlens, document + 1, length)
-        first = tl.maximum(start - begin, 0)
-        last = tl.minimum(stop, end) - begin
-        x_row = x + channel + (document * x_b if cu_seqlens is None else begin * x_l)
-        y_row = y + channel + begin * channels
-        state_row = document * channels * (K - 1)
-        state = ()
-        if initial is not None:
-            near = those(channel, channels, first < K - 1)
-            state = load_columns(initial + state_row, channel, near, x.dtype.element_ty, K - 1, PADDED)
-        rows = inputs_before(x_row, x_l, state, channel, channels, first, K)
-        for t in range(first, last, ROWS):
-            ahead = ()
-            for i in tl.static_range(ROWS):
-                ahead += (tl.load(x_row + (t + i) * x_l, mask=those(channel, channels, t + i < last), other=0.0),)
-            for i in tl.static_range(ROWS):
-                rows += (ahead[i].to(tl.float32),)
-                out = weighted_sum(offset, rows, taps, K)
-                if SILU:
-                    out *= sigmoid(out)
-                tl.store(y_row + (t + i) * channels, out.to(y.dtype.element_ty), mask=those(channel, channels, t + i < last))
-                rows = rows[1:]
+    part = (tl.program_id(0) // blocks).to(tl.int64)
+    if part >= chunks:
         if K > 1:
-            complete = tl.where(end <= stop, channels, 0)
-            newest = inputs_before(x_row, x_l, state, channel, complete, end - begin, K)
-            store_columns(final + state_row, channel, channel < complete, newest, K - 1, PADDED)
-        document += 1
-        begin = end
+            document = part - chunks
+            keep_last_inputs(x, x_b, x_l, initial, cu_seqlens, final, document, length, channel, channels, K, PADDED)
+    else:
+        inside = channel < channels
+        start = part * chunk
+        stop = tl.minimum(start + chunk, tokens)
+        taps = load_columns(weight, channel, inside, tl.float32, K, PADDED)
+        offset = tl.zeros((BLOCK,), tl.float32)
+        if bias is not None:
+            offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+
+        document = first_document(cu_seqlens, documents, length, start)
+        begin = edge(cu_seqlens, document, length)
+        while (document < documents) & (begin < stop):
+            end = edge(cu_seqlens, document + 1, length)
+            first = tl.maximum(start - begin, 0)
+            x_row = x + channel + (document * x_b if cu_seqlens is None else begin * x_l)
+            state = ()
+            if initial is not None:
+                near = those(channel, channels, first < K - 1)
+                state_row = initial + document * channels * (K - 1)
+                state = load_columns(state_row, channel, near, x.dtype.element_ty, K - 1, PADDED)
+            rows = inputs_before(x_row, x_l, state, channel, channels, first, K)
+            left = (tl.minimum(stop, end) - begin - first).to(tl.int32)
+            x_at = x_row + first * x_l
+            y_at = y + channel + (begin + first) * channels
+            for t in range(0, left, ROWS):
+                current = load_rows(x_at, x_l, channel, channels, left - t, ROWS)
+                x_at = skip_rows(x_at, x_l, ROWS)
+                for i in tl.static_range(ROWS):
+                    rows += (current[i].to(tl.float32),)
+                    out = weighted_sum(offset, rows, taps, K)
+                    if SILU:
+                        out *= sigmoid(out)
+                    tl.store(y_at, out.to(y.dtype.element_ty), mask=those(channel, channels, i < left - t))
+                    y_at += channels
+                    rows = rows[1:]
+            document += 1
+            begin = end
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -233,32 +270,38 @@ def convolve_backward(
             out = weighted_sum(zeros, douts, taps, K, REVERSED=True)
             if dfinal is not None:
                 kept = those(channel, channels, (i >= steps) & (first == 0))
-                out += tl.load(dfinal + state_row + channel * (K - 1) + (i - steps), mask=kept, other=0.0).to(tl.float32)
+                slot = channel * (K - 1) + (i - steps)
+                out += tl.load(dfinal + state_row + slot, mask=kept, other=0.0).to(tl.float32)
             dstate += (out,)
             rows, douts = rows[1:], douts[1:]
         if dinitial is not None:
             store_columns(dinitial + state_row, channel, those(channel, channels, first == 0), dstate, K - 1, PADDED)
         reach = tl.minimum(last + K - 1, steps)
-        for t in range(first + K - 1, last + K - 1, ROWS):
-            ahead, ahead_dy = (), ()
+        left = (last - first).to(tl.int32)
+        left_in = (reach - first).to(tl.int32) - (K - 1)
+        x_at = x_row + (first + K - 1) * x_l
+        dy_at = dy_row + (first + K - 1) * dy_l
+        dx_at = dx_row + first * channels
+        for t in range(0, left, ROWS):
+            current = load_rows(x_at, x_l, channel, channels, left_in - t, ROWS)
+            current_dy = load_rows(dy_at, dy_l, channel, channels, left_in - t, ROWS)
+            x_at = skip_rows(x_at, x_l, ROWS)
+            dy_at = skip_rows(dy_at, dy_l, ROWS)
             for i in tl.static_range(ROWS):
-                there = those(channel, channels, t + i < reach)
-                ahead += (tl.load(x_row + (t + i) * x_l, mask=there, other=0.0),)
-                ahead_dy += (tl.load(dy_row + (t + i) * dy_l, mask=there, other=0.0),)
-            for i in tl.static_range(ROWS):
-                at = t + i - (K - 1)
-                rows += (ahead[i].to(tl.float32),)
-                dout = ahead_dy[i].to(tl.float32)
+                rows += (current[i].to(tl.float32),)
+                dout = current_dy[i].to(tl.float32)
                 if SILU:
                     dout *= silu_gradient(weighted_sum(offset, rows, taps, K))
                 douts += (dout,)
                 sums = add_products(sums, dout, rows, K)
                 out = weighted_sum(zeros, douts, taps, K, REVERSED=True)
                 if dfinal is not None:
-                    slot = at - steps + (K - 1)
-                    kept = those(channel, channels, (slot >= 0) & (at < last))
-                    out += tl.load(dfinal + state_row + channel * (K - 1) + slot, mask=kept, other=0.0).to(tl.float32)
-                tl.store(dx_row + at * channels, out.to(dx.dtype.element_ty), mask=those(channel, channels, at < last))
+                    slot = first + t + i - steps + (K - 1)
+                    kept = those(channel, channels, (slot >= 0) & (i < left - t))
+                    slot += channel * (K - 1)
+                    out += tl.load(dfinal + state_row + slot, mask=kept, other=0.0).to(tl.float32)
+                tl.store(dx_at, out.to(dx.dtype.element_ty), mask=those(channel, channels, i < left - t))
+                dx_at += channels
                 rows, douts = rows[1:], douts[1:]
         document += 1
         begin = end
@@ -273,4 +316,5 @@ def add_products(sums, dout, rows, K: tl.constexpr):
     result = ()
     for j in tl.static_range(K):
         result += (sums[j] + dout * rows[j],)
-    return result + (sums[K] + dout,)
+    result += (sums[K] + dout,)
+    return result

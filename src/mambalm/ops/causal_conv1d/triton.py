@@ -13,12 +13,14 @@ from mambalm.ops.triton_support import dense_channels, on, processors, unsupport
 # The inputs and the gradients that a program keeps in registers grow with the taps.
 _MOST_TAPS = 8
 
-# Channels of a program, its warps, the rows that it loads together, the most tokens that it takes.
-_FORWARD = {"BLOCK": 256, "num_warps": 1, "ROWS": 8}
-_BACKWARD = {"BLOCK": 256, "num_warps": 2, "ROWS": 4}
-_MOST_TOKENS = {convolve_forward: 64, convolve_backward: 256}
+# Channels of a program, its warps, and the rows that it loads together; docs/decisions/conv-and-norm-gpu.md.
+_FORWARD = {"BLOCK": 256, "num_warps": 2, "ROWS": 8}
+_BACKWARD = {"BLOCK": 128, "num_warps": 1, "ROWS": 8}
+# Registers of a thread in the backward: ptxas takes more by itself, and too few programs fit side by side.
+_BACKWARD_REGISTERS = 128
+# The fewest and the most tokens of a program; between them, as many as leave this many programs per multiprocessor.
 _LEAST_TOKENS = 8
-# Programs wanted per multiprocessor before a program is given more tokens.
+_FORWARD_MOST_TOKENS, _BACKWARD_MOST_TOKENS = 64, 128
 _PROGRAMS = 16
 
 
@@ -40,8 +42,8 @@ class _Launch:
         silu: bool,
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
-        kernel: Any,
         blocks: dict[str, int],
+        most_tokens: int,
     ) -> None:
         x = dense_channels(x)
         b, l, d = x.shape
@@ -49,13 +51,12 @@ class _Launch:
         columns = triton.cdiv(d, blocks["BLOCK"])
         documents = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
         wanted = triton.cdiv(b * l * columns, processors(x.device) * _PROGRAMS)
-        chunk = min(max(triton.next_power_of_2(wanted), _LEAST_TOKENS), _MOST_TOKENS[kernel])
-        # Without a token there are still states to hand on.
+        chunk = min(max(triton.next_power_of_2(wanted), _LEAST_TOKENS), most_tokens)
+        # Without a token there are still gradients of states to hand on.
         self.chunks = max(triton.cdiv(b * l, chunk), 1)
         self.states = (documents, d, k - 1)
         self.x = x
-        self._kernel = kernel
-        self._grid = (self.chunks * columns,)
+        self._columns = columns
         self._arguments = {
             "x": x,
             "weight": weight.contiguous(),
@@ -75,19 +76,21 @@ class _Launch:
             **blocks,
         }
 
-    def __call__(self, **more: Any) -> None:
+    def run(self, kernel: Any, parts: int, **more: Any) -> None:
+        """Launch ``parts`` programs for each block of channels."""
         with on(self.x.device):
-            self._kernel[self._grid](**self._arguments, **more)
+            kernel[(parts * self._columns,)](**self._arguments, **more)
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y (b, l, d) and the final state (s, d, k-1), both in x's dtype."""
-    launch = _Launch(x, weight, bias, silu, initial_state, cu_seqlens, convolve_forward, _FORWARD)
+    launch = _Launch(x, weight, bias, silu, initial_state, cu_seqlens, _FORWARD, _FORWARD_MOST_TOKENS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(launch.states, dtype=x.dtype, device=x.device)
-    launch(y=y, final=final)
+    states = launch.states[0] if final.numel() else 0
+    launch.run(convolve_forward, launch.chunks + states, y=y, final=final, chunks=launch.chunks)
     return y, final
 
 
@@ -102,13 +105,16 @@ def backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of x, weight, bias and initial_state. What the activation needs is computed again, not kept."""
-    launch = _Launch(x, weight, bias, silu, initial_state, cu_seqlens, convolve_backward, _BACKWARD)
+    launch = _Launch(x, weight, bias, silu, initial_state, cu_seqlens, _BACKWARD, _BACKWARD_MOST_TOKENS)
     d, k = weight.shape
     dy = dense_channels(dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     shares = torch.empty(launch.chunks, k + 1, d, dtype=torch.float32, device=x.device)
-    launch(
+    limit = {"maxnreg": _BACKWARD_REGISTERS} if x.is_cuda and torch.version.hip is None else {}
+    launch.run(
+        convolve_backward,
+        launch.chunks,
         dy=dy,
         dfinal=None if dfinal_state is None else dfinal_state.contiguous(),
         dx=dx,
@@ -116,6 +122,7 @@ def backward(
         dinitial=dinitial,
         dy_b=dy.stride(0),
         dy_l=dy.stride(1),
+        **limit,
     )
     # Summed in a fixed order, so that a run can be repeated bit for bit.
     return dx, shares[:, :k].sum(0).T, shares[:, k].sum(0), dinitial

@@ -1,0 +1,94 @@
+"""The normalisation on any GPU that Triton knows, and in Triton's interpreter on a CPU."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mambalm.ops.backends import Call
+from mambalm.ops.rms_norm._triton_kernels import norm_backward, norm_forward
+from mambalm.ops.triton_support import dense_channels, on, processors, unsupported
+
+# A group is held in the registers of one program.
+_MOST_CHANNELS = 65536
+
+# Elements of a program's tile, where a group is no larger, and of a warp.
+_TILE = 1024
+# Programs of the backward per multiprocessor; each keeps a share of the weight's gradient.
+_PROGRAMS = 8
+
+
+def supports(call: Call) -> str | None:
+    """None, or why the call cannot run here."""
+    d, g = call.sizes.get("d", 1), call.sizes.get("g", 1)
+    if d // g > _MOST_CHANNELS:
+        return f"it takes groups of at most {_MOST_CHANNELS} channels, the call has {d // g}"
+    return unsupported(call)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., d) as (tokens, d) with the channels side by side: a view wherever one step leads from token to token."""
+    return dense_channels(t.reshape(-1, t.shape[-1]))
+
+
+def _tile(group_size: int) -> dict[str, int]:
+    block = triton.next_power_of_2(group_size)
+    return {"BLOCK": block, "ROWS": max(_TILE // block, 1), "num_warps": min(max(block // _TILE, 1), 16)}
+
+
+def _launch(kernel: Any, parts: int, group_size: int, inputs: dict[str, Tensor | None], **more: Any) -> None:
+    """Run ``parts`` programs per group on ``inputs``, each (tokens, d), whose row strides it takes as well."""
+    strides = {f"{name}_row": 0 if t is None else t.stride(0) for name, t in inputs.items()}
+    first = next(t for t in inputs.values() if t is not None)
+    tokens, d = first.shape
+    with on(first.device):
+        kernel[(d // group_size * parts,)](
+            **inputs, **strides, channels=d, group_size=group_size, tokens=tokens, **more
+        )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    group_size: int,
+    stream_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y (..., d) in x's dtype, and x + residual (..., d) in ``stream_dtype``, empty without a residual."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stream = torch.empty((0,) if residual is None else x.shape, dtype=stream_dtype, device=x.device)
+    inputs = {name: None if t is None else _rows(t) for name, t in (("x", x), ("gate", gate), ("residual", residual))}
+    tile = _tile(group_size)
+    programs = triton.cdiv(x.numel() // x.shape[-1], tile["ROWS"])
+    weight = None if weight is None else weight.contiguous()
+    _launch(norm_forward, programs, group_size, inputs, weight=weight, y=y, total=stream, eps=eps, **tile)
+    return y, stream
+
+
+def backward(
+    dy: Tensor,
+    dstream: Tensor | None,
+    source: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    group_size: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of the ``source`` (x, or the residual stream), of weight and of gate."""
+    d = source.shape[-1]
+    tile = _tile(group_size)
+    tiles = triton.cdiv(source.numel() // d, tile["ROWS"])
+    programs = min(tiles, triton.cdiv(processors(source.device) * _PROGRAMS, d // group_size))
+    dsource = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    shares = None if weight is None else torch.empty(programs, d, dtype=torch.float32, device=source.device)
+    given = {"dy": dy, "dstream": dstream, "source": source, "gate": gate}
+    inputs = {name: None if t is None else _rows(t) for name, t in given.items()}
+    weight = None if weight is None else weight.contiguous()
+    outputs = {"dsource": dsource, "dgate": dgate, "shares": shares, "programs": programs}
+    _launch(norm_backward, programs, group_size, inputs, weight=weight, eps=eps, **outputs, **tile)
+    # Summed in a fixed order, so that a run can be repeated bit for bit.
+    return dsource, None if shares is None else shares.sum(0), dgate
