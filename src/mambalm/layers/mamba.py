@@ -18,6 +18,7 @@ from mambalm.layers.initialization import (
     step_bias,
     uniform,
 )
+from mambalm.layers.recomputation import keeping_scans
 from mambalm.layers.state import MambaState
 from mambalm.ops import rms_norm, selective_scan
 
@@ -63,6 +64,8 @@ class Mamba(nn.Module):
         conv_bias, bias: whether the convolution has one; whether in_proj and out_proj have.
         d_inner: inner channels d, for checkpoints that state them beside ``expand``.
         bcdt_rms_eps: normalise Δ, B and C by their root mean square, with this eps and without weights (FalconMamba).
+        recompute: compute the convolution, Δ, B and C again in the backward instead of keeping them: a third of the
+            activations for a few percent of the time. None: on GPUs.
         backend: the ops' backend; None: automatic choice.
         layer_idx: kept for the caller.
 
@@ -87,6 +90,7 @@ class Mamba(nn.Module):
         *,
         d_inner: int | None = None,
         bcdt_rms_eps: float | None = None,
+        recompute: bool | None = None,
         backend: str | None = None,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
@@ -101,6 +105,7 @@ class Mamba(nn.Module):
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         self.dt_init, self.dt_scale = dt_init, dt_scale
         self.bcdt_rms_eps = bcdt_rms_eps
+        self.recompute = recompute
         self.backend = backend
         self.layer_idx = layer_idx
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -150,9 +155,18 @@ class Mamba(nn.Module):
             TypeError: the state is of another kind of layer.
             ValueError: a shape does not fit; the message names the tensor.
         """
-        conv_before, ssm_before = MambaState.unpack(state)
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, conv = self.conv1d(u, conv_before, cu_seqlens)
+        recompute = x.device.type != "cpu" if self.recompute is None else self.recompute
+        inner = (u, z, *MambaState.unpack(state), cu_seqlens)
+        y, conv, ssm = keeping_scans(self._inner, *inner) if recompute else self._inner(*inner)
+        y = self.out_proj(y)
+        return (y, MambaState(conv, ssm)) if return_state else y
+
+    def _inner(
+        self, u: Tensor, z: Tensor, conv: Tensor | None, ssm: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What lies between in_proj and out_proj: y (b, l, d), and the new conv and ssm."""
+        u, conv = self.conv1d(u, conv, cu_seqlens)
         delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.bcdt_rms_eps is not None:
             delta, B, C = (rms_norm(t, eps=self.bcdt_rms_eps, backend=self.backend) for t in (delta, B, C))
@@ -166,13 +180,12 @@ class Mamba(nn.Module):
             z,
             self._scan_bias(),
             delta_softplus=True,
-            initial_state=ssm_before,
+            initial_state=ssm,
             cu_seqlens=cu_seqlens,
             return_final_state=True,
             backend=self.backend,
         )
-        y = self.out_proj(y)
-        return (y, MambaState(conv, ssm)) if return_state else y
+        return y, conv, ssm
 
     def _scan_bias(self) -> Tensor | None:
         """The part of dt_proj's output that its module leaves to the scan.

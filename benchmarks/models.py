@@ -1,0 +1,143 @@
+"""Whole models with random weights: `python -m benchmarks.models [--mode training] [--output FOLDER]`.
+
+Training: tokens per second and peak memory of a step under bfloat16 autocast with float32 parameters and fused AdamW.
+Prefill: tokens per second and peak memory of reading a prompt at batch 1 in bfloat16, and handing out the state.
+The peers' figures are those of mamba_ssm 2.3.2 on an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import FalconMambaConfig, MambaConfig
+
+from mambalm.models import FalconMambaForCausalLM, MambaForCausalLM
+
+RESULTS = Path(__file__).parent / "results"
+PEAK_FLOPS = 989e12  # bfloat16, dense, of an H100 or H200 by its datasheet
+
+SIZES = {"130m": (768, 24), "1.4b": (2048, 48), "2.8b": (2560, 64)}
+# (model, batch, length, mamba_ssm's tokens per second, its peak GB, our goal in tokens per second)
+TRAINING = (
+    ("130m", 32, 2048, 188e3, 64, 330e3),
+    ("1.4b", 16, 2048, 32.2e3, 98, 52e3),
+    ("2.8b", 8, 2048, 17.6e3, 98, 28e3),
+)
+# (model, length, mamba_ssm's tokens per second, our goal)
+PREFILL = (
+    ("2.8b", 2048, 40.9e3, None),
+    ("2.8b", 8192, 67.0e3, 88e3),
+    ("falcon-7b", 2048, 33.0e3, None),
+    ("falcon-7b", 8192, 32.6e3, 41e3),
+)
+
+
+def model(name: str, dtype: torch.dtype) -> Any:
+    """A model of this size, on the GPU."""
+    with torch.device("cuda"):
+        if name == "falcon-7b":
+            sizes = {"vocab_size": 65024, "hidden_size": 4096, "num_hidden_layers": 64, "intermediate_size": 8192}
+            return FalconMambaForCausalLM(FalconMambaConfig(**sizes)).to(dtype)
+        width, depth = SIZES[name]
+        return MambaForCausalLM(MambaConfig(vocab_size=50280, hidden_size=width, num_hidden_layers=depth)).to(dtype)
+
+
+def median_seconds(function: Callable[[], object], repeats: int) -> float:
+    """The median of the wall times of calls that end when the device does, after two to warm up."""
+    times = []
+    for call in range(repeats + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append((call, time.perf_counter() - start))
+    return statistics.median(seconds for call, seconds in times if call >= 2)
+
+
+def training(name: str, batch: int, length: int, peer: float, peer_peak: float, goal: float) -> dict[str, Any]:
+    """Steps of a model in training."""
+    trained = model(name, torch.float32).train()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=True)
+    ids = torch.randint(50280, (batch, length), device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = trained(ids, labels=ids, use_cache=False, skip_logits=True).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    torch.cuda.reset_peak_memory_stats()
+    seconds = median_seconds(step, 5)
+    speed = batch * length / seconds
+    parameters = sum(p.numel() for p in trained.parameters())
+    return {
+        "model": name,
+        "batch": batch,
+        "length": length,
+        "tokens_per_second": round(speed),
+        "mfu": round(6 * parameters * speed / PEAK_FLOPS, 4),
+        "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        "mamba_ssm": {"tokens_per_second": peer, "peak_GB": peer_peak},
+        "goal_tokens_per_second": goal,
+    }
+
+
+@torch.no_grad()
+def prefill(name: str, length: int, peer: float, goal: float | None) -> dict[str, Any]:
+    """Reading one prompt in one chunk."""
+    reader = model(name, torch.bfloat16).eval()
+    ids = torch.randint(50280, (1, length), device="cuda")
+    state = reader.init_state(1)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = median_seconds(lambda: reader(ids, cache_params=state, use_cache=True, logits_to_keep=1), 7)
+    return {
+        "model": name,
+        "length": length,
+        "tokens_per_second": round(length / seconds),
+        "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        "mamba_ssm": {"tokens_per_second": peer},
+        "goal_tokens_per_second": goal,
+    }
+
+
+MODES: dict[str, tuple[Callable[..., dict[str, Any]], tuple[tuple[Any, ...], ...]]] = {
+    "training": (training, TRAINING),
+    "prefill": (prefill, PREFILL),
+}
+
+
+def main() -> None:
+    """Run the modes asked for and write a JSON file each."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
+    parser.add_argument("--mode", choices=MODES, help="this one only")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    device = torch.cuda.get_device_name()
+    folder = options.output / device.lower().removeprefix("nvidia ").replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    for mode in [options.mode] if options.mode else MODES:
+        function, cases = MODES[mode]
+        rows = []
+        for case in cases:
+            try:
+                rows.append(function(*case))
+            except torch.cuda.OutOfMemoryError:
+                rows.append({"model": case[0], "out_of_memory": True})
+            print(mode, json.dumps(rows[-1]), flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+        header = {"device": device, "torch": torch.__version__}
+        (folder / f"{mode}.json").write_text(json.dumps({**header, "cases": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
