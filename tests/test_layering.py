@@ -64,6 +64,8 @@ def violations(path: Path) -> Iterator[str]:
     """What a module imports against the rules."""
     here = room(path)
     outside = OUTSIDE.get(here)
+    if path.stem.startswith("_numba_"):
+        outside = {"torch"} | KERNEL_LIBRARIES
     if here == "ops" and path.stem not in SPECIFICATIONS:
         outside = {"torch"} | KERNEL_LIBRARIES
     for line, name in imports(path):
@@ -109,7 +111,7 @@ def test_the_rules_catch(where: str, statement: str, tmp_path: Path, monkeypatch
 def test_sizes() -> None:
     """Functions under 60 lines without their docstring, files up to 400, kernels excepted."""
     for path in MODULES:
-        if room(path) == "ops" and path.stem not in SPECIFICATIONS:
+        if path.stem.startswith("_numba_") or (room(path) == "ops" and path.stem not in SPECIFICATIONS):
             continue
         text = path.read_text()
         assert len(text.splitlines()) <= 400, path

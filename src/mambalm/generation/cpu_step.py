@@ -14,22 +14,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mambalm.layers.block import Block
 from mambalm.layers.mamba import Mamba, StepProjection, full_precision
 from mambalm.layers.mamba2 import Mamba2
 from mambalm.layers.norm import RMSNorm
 from mambalm.layers.state import MambaState, State
+from mambalm.ops import backends
 from mambalm.quantization.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from mambalm.models.common import MambalmForCausalLM
-    from mambalm.ops.numba_team import Job
+    from mambalm.ops.numba_team import Job, Team
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def refusal(model: MambalmForCausalLM) -> str | None:
     """Why a model has no such step; None if it has."""
+    if backends.requested(None) not in ("", "cpu"):
+        return "another backend is asked for"
     if model.device.type != "cpu":
         return f"the model is on {model.device.type}"
     if model.dtype not in (torch.float32, *_HALF):
@@ -65,13 +67,13 @@ class CPUStep:
         self._stream = torch.zeros(hidden)
         plan = _Plan()
         blocks: Any = model.backbone.layers
-        recorders = {Mamba: _Mamba, Mamba2: _Mamba2}
         self._layers = [
-            recorders[type(block.mixer)](plan, block, self._stream, before)
+            (_Mamba if isinstance(block.mixer, Mamba) else _Mamba2)(plan, block, self._stream, before)
             for block, before in zip(blocks, state.layers, strict=True)
         ]
         self._logits = torch.zeros(model.config.vocab_size)
-        plan.project(model.lm_head, plan.norm(model.backbone.norm_f, self._stream), self._logits)
+        norm: Any = model.backbone.norm_f
+        plan.project(model.lm_head, plan.norm(norm, self._stream), self._logits)
         self._runs = plan.runs()
 
     @torch.no_grad()
@@ -92,7 +94,7 @@ class _Plan:
     """Jobs in order, with module calls between them."""
 
     def __init__(self) -> None:
-        self._steps: list[Job | Callable[[], None]] = []
+        self._steps: list[Job | Callable[[Team], None]] = []
 
     def add(self, *jobs: Job) -> None:
         self._steps.extend(jobs)
@@ -127,11 +129,11 @@ class _Plan:
         else:
             self._steps.append(_module_call(module, x, y, added))
 
-    def runs(self) -> list[Callable[[Any], None]]:
+    def runs(self) -> list[Callable[[Team], None]]:
         """The steps, each list of jobs between module calls as one."""
         from mambalm.ops.numba_team import Job, JobList
 
-        runs: list[Callable[[Any], None]] = []
+        runs: list[Callable[[Team], None]] = []
         jobs: list[Job] = []
 
         def close() -> None:
@@ -144,15 +146,15 @@ class _Plan:
                 jobs.append(step)
             else:
                 close()
-                runs.append(lambda _, call=step: call())
+                runs.append(step)
         close()
         return runs
 
 
-def _module_call(module: nn.Module, x: Tensor, y: Tensor, added: bool) -> Callable[[], None]:
+def _module_call(module: nn.Module, x: Tensor, y: Tensor, added: bool) -> Callable[[Team], None]:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
-    def call() -> None:
+    def call(team: Team) -> None:
         out = module(x.to(dtype)[None, None]).view(-1)
         if added:
             y.add_(out)
@@ -183,7 +185,7 @@ class _Convolution:
 class _Mamba:
     """A block with a Mamba layer."""
 
-    def __init__(self, plan: _Plan, block: Block, stream: Tensor, before: MambaState) -> None:
+    def __init__(self, plan: _Plan, block: Any, stream: Tensor, before: Any) -> None:
         from mambalm.ops import numba_steps
 
         mixer: Any = block.mixer
@@ -191,7 +193,7 @@ class _Mamba:
         inner, low, step, y = torch.zeros(2 * d), torch.zeros(rank + 2 * n), torch.zeros(d), torch.zeros(d)
         u, z = inner.split(d)
         delta, B, C = low.split([rank, n, n])
-        plan.project(mixer.in_proj, plan.norm(block.norm, stream), inner)  # type: ignore[arg-type]
+        plan.project(mixer.in_proj, plan.norm(block.norm, stream), inner)
         self._conv = _Convolution(plan, mixer.conv1d, u, before.conv)
         plan.project(mixer.x_proj, self._conv.y, low)
         if mixer.bcdt_rms_eps is not None:
@@ -212,13 +214,13 @@ class _Mamba:
 class _Mamba2:
     """A block with a Mamba-2 layer."""
 
-    def __init__(self, plan: _Plan, block: Block, stream: Tensor, before: MambaState) -> None:
+    def __init__(self, plan: _Plan, block: Any, stream: Tensor, before: Any) -> None:
         from mambalm.ops import numba_steps
 
         mixer: Any = block.mixer
         inner, y = torch.zeros(mixer.in_proj.out_features), torch.zeros(mixer.d_ssm)
         _, _, z, xBC, dt = inner.split(mixer._split)
-        plan.project(mixer.in_proj, plan.norm(block.norm, stream), inner)  # type: ignore[arg-type]
+        plan.project(mixer.in_proj, plan.norm(block.norm, stream), inner)
         self._conv = _Convolution(plan, mixer.conv1d, xBC, before.conv)
         u, B, C = self._conv.y.split(mixer._split_conv)
         self._ssm = before.ssm[0].float().clone(memory_format=torch.contiguous_format)

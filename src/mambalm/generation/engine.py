@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mambalm.generation.cpu_step import CPUStep, refusal
 from mambalm.generation.sampling import Sampling, choose
 from mambalm.layers.state import State
 
@@ -120,6 +121,7 @@ def decode(
         seen[row, prompt.to(seen.device)] = True
     generators = _generators(len(prompts), settings.seed, logits.device)
     rows = list(range(len(prompts)))
+    single: CPUStep | None = None
     for remaining in reversed(range(settings.max_new_tokens)):
         tokens = choose(logits, settings.sampling, seen, [generators[row] for row in rows])
         chosen = tokens.tolist()
@@ -136,7 +138,12 @@ def decode(
             tokens, seen, state = tokens[index], seen[index], state.index(index)
             rows = [rows[i] for i in kept]
         seen.scatter_(1, tokens[:, None], True)
-        logits, state = step(model, tokens, state)
+        if single is None and len(rows) == 1 and refusal(model) is None:
+            single = CPUStep(model, state)
+        if single is not None:
+            logits = single(tokens)
+        else:
+            logits, state = step(model, tokens, state)
 
 
 def _check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None:

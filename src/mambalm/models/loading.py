@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,6 +18,7 @@ from mambalm.models.formats.checkpoint import COMPANIONS, EMBEDDINGS, HEAD, main
 from mambalm.models.hybrid import MambaHybridForCausalLM
 from mambalm.models.mamba import MambaForCausalLM
 from mambalm.models.mamba2 import Mamba2ForCausalLM
+from mambalm.quantization.model import quantize_model, require_available
 
 FAMILIES: dict[type, type[MambalmForCausalLM]] = {
     family.config_class: family
@@ -33,7 +33,7 @@ def load(
     path_or_hub_id: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
-    quantization: Any = None,
+    quantization: str | None = None,
 ) -> MambalmForCausalLM:
     """Load a checkpoint of any known format and return the model in eval mode.
 
@@ -43,19 +43,17 @@ def load(
         path_or_hub_id: a folder, a file of weights in it, or the name of a Hugging Face repository.
         dtype: the dtype of all parameters; None keeps each one's in the file.
         device: where the parameters go.
-        quantization: None; nothing else is available yet.
+        quantization: "int8" or "int4": the projections' weights in so few bits, on a CPU; see
+            `mambalm.quantization.model` for what is left as it is. Activations stay in ``dtype``.
 
     Raises:
         CheckpointError: the format, a tensor or the vocabulary does not fit; the message names it and the remedy.
         ValueError: dtype or quantization is not one that is available.
     """
     if quantization is not None:
-        raise ValueError(
-            f"quantization={quantization!r} is not available: only None is. For 4 and 8 bits use mambalm.register() "
-            "and AutoModelForCausalLM.from_pretrained(..., quantization_config=BitsAndBytesConfig(...))"
-        )
-    dtype = _dtype(dtype)
-    return build(read(path_or_hub_id), dtype, device)
+        require_available(quantization, device)
+    model = build(read(path_or_hub_id), _dtype(dtype), device)
+    return model if quantization is None else quantize_model(model, quantization)
 
 
 def convert(

@@ -8,6 +8,7 @@ pool.
 """
 
 import platform
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -224,7 +225,7 @@ def _run(jobs, shared):  # type: ignore[no-untyped-def]
 
 
 class JobList:
-    """Jobs that are run in order, again and again, by one caller at a time, on torch's number of threads."""
+    """Jobs that are run in order, again and again, on torch's number of threads."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = tuple(jobs)
@@ -232,15 +233,17 @@ class JobList:
         self._table = np.array(words, np.int64).reshape(-1, 3)
 
     def run(self, team: "Team") -> None:
-        """Run all jobs; done when this returns."""
-        team.call_in()
-        _run(self._table, team.address)
+        """Run all jobs; done when this returns. A team works for one caller at a time, the others wait."""
+        with team.lock:
+            team.call_in()
+            _run(self._table, team.address)
 
 
 class Team:
-    """The memory that one caller and the threads that help it share."""
+    """The memory that a caller and the threads that help it share."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self._shared = np.zeros(_WORDS + 8, np.int64)
         # The words must not share a cache line with each other: start on one.
         self.address = -(-self._shared.ctypes.data // 64) * 64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,11 @@ from mambalm.quantization.schemes import Packed, quantize
 
 # Up to so many rows of x the packed weight is read once per row; beyond, unpacking it once is cheaper.
 _FEW = 4
+
+
+@functools.cache
+def _team() -> Team:
+    return Team()
 
 
 class QuantizedLinear(nn.Module):
@@ -68,7 +75,7 @@ class QuantizedLinear(nn.Module):
         jobs = [
             job for row, out in zip(inputs, y, strict=True) for job in products.packed(self.packed, self.bias, row, out)
         ]
-        JobList(jobs).run(Team())
+        JobList(jobs).run(_team())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -7,6 +7,9 @@ embeddings, read one row at a time.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import torch
 from torch import nn
 
 from mambalm.quantization.linear import QuantizedLinear
@@ -16,30 +19,42 @@ from mambalm.quantization.schemes import BITS
 LEAST_BITS = {"in_proj": 4, "out_proj": 4, "fc1": 4, "fc2": 4, "x_proj": 8, "lm_head": 8}
 
 
-def quantize_model(model: nn.Module, quantization: str) -> nn.Module:
-    """Replace the Linears named above, in place, by ``QuantizedLinear``; returns the model.
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def require_available(quantization: str, device: torch.device | str) -> None:
+    """Refuse what `quantize_model` cannot do.
+
+    Raises:
+        ValueError: the quantization has another name than "int8" or "int4", or the device is not a CPU.
+    """
+    elsewhere = "mambalm.register() and AutoModelForCausalLM.from_pretrained(..., quantization_config=...)"
+    if quantization not in BITS:
+        raise ValueError(
+            f"quantization={quantization!r} is not available: choose {' or '.join(map(repr, BITS))}, or None; for "
+            f"others use {elsewhere}"
+        )
+    if torch.device(device).type != "cpu":
+        raise ValueError(
+            f"quantization={quantization!r} is for a CPU, not for {device}: leave device out, or use {elsewhere}"
+        )
+
+
+def quantize_model(model: _Model, quantization: str) -> _Model:
+    """Replace the Linears named above, in place, by `QuantizedLinear`; returns the model.
 
     Args:
         model: on a CPU, with its weights loaded.
         quantization: "int8" or "int4".
 
     Raises:
-        ValueError: the quantization has another name, the model is not on a CPU, or a weight cannot be quantised.
+        ValueError: see `require_available`; or a weight cannot be quantised, which is named.
     """
-    if quantization not in BITS:
-        raise ValueError(
-            f"quantization={quantization!r} is not available: choose {' or '.join(BITS)}, or None. For others use "
-            "mambalm.register() and AutoModelForCausalLM.from_pretrained(..., quantization_config=...)"
-        )
     for name, module in list(model.named_modules()):
         least = LEAST_BITS.get(name.rpartition(".")[2])
         if least is None or not isinstance(module, nn.Linear):
             continue
-        if module.weight.device.type != "cpu":
-            raise ValueError(
-                f"quantization={quantization!r} is for a CPU, {name} is on {module.weight.device}: use device='cpu', "
-                "or on a GPU AutoModelForCausalLM.from_pretrained(..., quantization_config=BitsAndBytesConfig(...))"
-            )
+        require_available(quantization, module.weight.device)
         try:
             quantized = QuantizedLinear.of(module, max(BITS[quantization], least))
         except ValueError as error:
