@@ -26,7 +26,7 @@ STAGED = COMMON | {"LANES": 4, "SEVERAL": 2}
 def kernels(staged: bool) -> list[tuple[Any, type[ASTSource], dict[str, Any], int]]:
     """Kernel, kind of source, compile-time arguments and warps."""
     found: list[tuple[Any, type[ASTSource], dict[str, Any], int]] = [
-        (_triton_kernels.scan_forward, ASTSource, COMMON | {"BLOCK": 64}, 1),
+        (_triton_kernels.scan_forward, ASTSource, COMMON | {"BLOCK": 64, "AHEAD": 4}, 1),
         (_triton_kernels.scan_backward, ASTSource, COMMON | {"BLOCK": 32}, 1),
     ]
     if staged:

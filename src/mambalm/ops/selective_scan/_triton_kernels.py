@@ -94,6 +94,7 @@ def scan_forward(
     PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
     STATES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     blocks = tl.cdiv(per_group, BLOCK)
     block = tl.program_id(0) % (blocks * groups)
@@ -122,26 +123,36 @@ def scan_forward(
         h = tl.zeros((BLOCK, STATES), tl.float32)
     else:
         h = tl.load(initial + row * size + cells, mask=both, other=0.0).to(tl.float32)
-    for start in range(0, steps, PIECE):
-        if checkpoints is not None:
-            tl.store(checkpoints + (piece + start // PIECE) * size + cells, h, mask=both)
-        for _ in range(start, min(start + PIECE, steps)):
-            x = tl.load(u, mask=inside, other=0.0).to(tl.float32)
-            step, _slope = step_size(delta, inside, offset, SOFTPLUS)
-            b = tl.load(B, mask=known, other=0.0).to(tl.float32)
-            c = tl.load(C, mask=known, other=0.0).to(tl.float32)
-            h = tl.exp2(step[:, None] * a) * h + (step * x)[:, None] * b[None, :]
-            out = tl.sum(h * c[None, :], axis=1) + skip * x
+    # The loads of several steps are issued before the first is used, and no store stands between them.
+    for start in range(0, steps, AHEAD):
+        if checkpoints is not None:  # noqa: SIM102 (known at compile time, the other not)
+            if start % PIECE == 0:
+                tl.store(checkpoints + (piece + start // PIECE) * size + cells, h, mask=both)
+        xs, sizes, bs, cs, gates = (), (), (), (), ()
+        for i in tl.static_range(AHEAD):
+            now = inside & (channel * 0 < steps - start - i)
+            known_now = known & (state * 0 < steps - start - i)
+            x = tl.load(u + i * u_l, mask=now, other=0.0).to(tl.float32)
+            step, _slope = step_size(delta + i * delta_l, now, offset, SOFTPLUS)
+            xs += (x,)
+            sizes += (tl.where(now, step, 0.0),)
+            bs += (tl.load(B + i * B_l, mask=known_now, other=0.0).to(tl.float32),)
+            cs += (tl.load(C + i * C_l, mask=known_now, other=0.0).to(tl.float32),)
             if z is not None:
-                gate = tl.load(z, mask=inside, other=0.0).to(tl.float32)
-                out *= gate * sigmoid(gate)
-                z += z_l
-            tl.store(y, out.to(y.dtype.element_ty), mask=inside)
-            u += u_l
-            delta += delta_l
-            B += B_l
-            C += C_l
-            y += channels
+                gates += (tl.load(z + i * z_l, mask=now, other=0.0).to(tl.float32),)
+        for i in tl.static_range(AHEAD):
+            h = tl.exp2(sizes[i][:, None] * a) * h + (sizes[i] * xs[i])[:, None] * bs[i][None, :]
+            out = tl.sum(h * cs[i][None, :], axis=1) + skip * xs[i]
+            if z is not None:
+                out *= gates[i] * sigmoid(gates[i])
+            tl.store(y + i * channels, out.to(y.dtype.element_ty), mask=inside & (channel * 0 < steps - start - i))
+        u += AHEAD * u_l
+        delta += AHEAD * delta_l
+        B += AHEAD * B_l
+        C += AHEAD * C_l
+        y += AHEAD * channels
+        if z is not None:
+            z += AHEAD * z_l
     tl.store(final + row * size + cells, h, mask=both)
 
 

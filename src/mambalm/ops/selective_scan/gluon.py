@@ -18,8 +18,7 @@ __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
 # Rows no longer than this on average, decoding among them, are not worth a tile in shared memory.
 _SHORT = 4
-# A chunk has at least so many steps.
-_SHORTEST_CHUNK, _MOST_CHUNKS = 256, 16
+_MOST_CHUNKS = 16
 
 
 def supports(call: Call) -> str | None:
@@ -60,11 +59,11 @@ def _channels_per_processor(problem: Problem) -> float:
     return problem.rows * problem.d / processors(problem.device)
 
 
-def _chunks(problem: Problem, wanted: float) -> int:
-    """A power of two that brings ``wanted`` channels to a multiprocessor, as far as the rows are long enough."""
-    longest = problem.b * problem.l // max(problem.rows, 1) // _SHORTEST_CHUNK
+def _chunks(problem: Problem, shortest: int) -> int:
+    """A power of two that brings 600 channels to a multiprocessor, by chunks of at least ``shortest`` steps."""
+    most = min(problem.b * problem.l // max(problem.rows, 1) // shortest, _MOST_CHUNKS)
     chunks = 1
-    while _channels_per_processor(problem) * chunks < wanted and 2 * chunks <= min(longest, _MOST_CHUNKS):
+    while _channels_per_processor(problem) * chunks < 600 and 2 * chunks <= most:
         chunks *= 2
     return chunks
 
@@ -73,7 +72,7 @@ def _chunks(problem: Problem, wanted: float) -> int:
 def _forward_plan(problem: Problem) -> Plan:
     """Two passes over the chunks double the exponentials, so that they pay on few channels only."""
     channels = _channels_per_processor(problem)
-    chunks = 1 if channels > 50 else _chunks(problem, 300)
+    chunks = 1 if channels > 50 else _chunks(problem, shortest=128)
     if channels * chunks >= 150:
         return Plan(lanes=4, several=2, warps=4, chunks=chunks)
     if channels * chunks >= 50:
@@ -84,7 +83,7 @@ def _forward_plan(problem: Problem) -> Plan:
 def _backward_plan(problem: Problem) -> Plan:
     """The first pass over the chunks is a small part of a backward."""
     channels = _channels_per_processor(problem)
-    chunks = 1 if channels > 80 else _chunks(problem, 300)
+    chunks = 1 if channels > 80 else _chunks(problem, shortest=256)
     if channels * chunks >= 150:
         return Plan(lanes=4, several=2, warps=2, chunks=chunks)
     return Plan(lanes=8, several=2, warps=2, chunks=chunks, registers=168)

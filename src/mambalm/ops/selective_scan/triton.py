@@ -12,6 +12,8 @@ __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
 # States of a program, which is one warp.
 _FORWARD_CELLS, _BACKWARD_CELLS = 1024, 512
+# Steps loaded at once by the forward; divides CHECKPOINT_STEPS.
+_AHEAD = 4
 
 
 def supports(call: Call) -> str | None:
@@ -29,7 +31,8 @@ def _blocks(problem: Problem, cells: int) -> dict[str, int]:
 def forward(*arguments, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     """y, the final state and the checkpoints (empty unless ``save``); arguments as in the interface."""
     problem = Problem.of(*arguments)
-    return _launch.launch_forward(scan_forward, problem, save, **_blocks(problem, _FORWARD_CELLS))
+    ahead = 1 if problem.b * problem.l <= problem.rows else _AHEAD
+    return _launch.launch_forward(scan_forward, problem, save, AHEAD=ahead, **_blocks(problem, _FORWARD_CELLS))
 
 
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
