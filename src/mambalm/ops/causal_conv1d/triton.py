@@ -13,11 +13,12 @@ from mambalm.ops.triton_support import dense_channels, on, processors, unsupport
 # The inputs and the gradients that a program keeps in registers grow with the taps.
 _MOST_TAPS = 8
 
-# Channels of a program, its warps, and the rows that it loads together; docs/decisions/conv-and-norm-gpu.md.
+# Channels of a program, its warps, and the rows that it loads together; docs/decisions/2026-11-22-conv-and-norm-gpu.md.
 _FORWARD = {"BLOCK": 256, "num_warps": 2, "ROWS": 8}
 _BACKWARD = {"BLOCK": 128, "num_warps": 1, "ROWS": 8}
-# Registers of a thread in the backward: ptxas takes more by itself, and too few programs fit side by side.
-_BACKWARD_REGISTERS = 128
+# Registers of a thread in the backward, of so many taps: ptxas takes more by itself, and too few programs fit side by
+# side. More taps need more.
+_BACKWARD_REGISTERS, _BACKWARD_REGISTERS_TAPS = 128, 4
 # The fewest and the most tokens of a program; between them, as many as leave this many programs per multiprocessor.
 _LEAST_TOKENS = 8
 _FORWARD_MOST_TOKENS, _BACKWARD_MOST_TOKENS = 64, 128
@@ -111,7 +112,7 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     shares = torch.empty(launch.chunks, k + 1, d, dtype=torch.float32, device=x.device)
-    limit = {"maxnreg": _BACKWARD_REGISTERS} if x.is_cuda and torch.version.hip is None else {}
+    limited = x.is_cuda and torch.version.hip is None and k <= _BACKWARD_REGISTERS_TAPS
     launch.run(
         convolve_backward,
         launch.chunks,
@@ -122,7 +123,7 @@ def backward(
         dinitial=dinitial,
         dy_b=dy.stride(0),
         dy_l=dy.stride(1),
-        **limit,
+        **({"maxnreg": _BACKWARD_REGISTERS} if limited else {}),
     )
     # Summed in a fixed order, so that a run can be repeated bit for bit.
     return dx, shares[:, :k].sum(0).T, shares[:, k].sum(0), dinitial

@@ -15,6 +15,7 @@ _MOST_CHANNELS = 65536
 
 # Elements of a program's tile, where a group is no larger, and of a warp.
 _TILE = 1024
+_FORWARD_WARP, _BACKWARD_WARP = 1024, 512
 # Programs of the backward per multiprocessor; each keeps a share of the weight's gradient.
 _PROGRAMS = 8
 
@@ -32,9 +33,10 @@ def _rows(t: Tensor) -> Tensor:
     return dense_channels(t.reshape(-1, t.shape[-1]))
 
 
-def _tile(group_size: int) -> dict[str, int]:
+def _tile(group_size: int, elements_per_warp: int) -> dict[str, int]:
     block = triton.next_power_of_2(group_size)
-    return {"BLOCK": block, "ROWS": max(_TILE // block, 1), "num_warps": min(max(block // _TILE, 1), 16)}
+    rows = max(_TILE // block, 1)
+    return {"BLOCK": block, "ROWS": rows, "num_warps": min(rows * block // elements_per_warp, 16)}
 
 
 def _launch(kernel: Any, parts: int, group_size: int, inputs: dict[str, Tensor | None], **more: Any) -> None:
@@ -61,7 +63,7 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stream = torch.empty((0,) if residual is None else x.shape, dtype=stream_dtype, device=x.device)
     inputs = {name: None if t is None else _rows(t) for name, t in (("x", x), ("gate", gate), ("residual", residual))}
-    tile = _tile(group_size)
+    tile = _tile(group_size, _FORWARD_WARP)
     programs = triton.cdiv(x.numel() // x.shape[-1], tile["ROWS"])
     weight = None if weight is None else weight.contiguous()
     _launch(norm_forward, programs, group_size, inputs, weight=weight, y=y, total=stream, eps=eps, **tile)
@@ -79,7 +81,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of the ``source`` (x, or the residual stream), of weight and of gate."""
     d = source.shape[-1]
-    tile = _tile(group_size)
+    tile = _tile(group_size, _BACKWARD_WARP)
     tiles = triton.cdiv(source.numel() // d, tile["ROWS"])
     programs = min(tiles, triton.cdiv(processors(source.device) * _PROGRAMS, d // group_size))
     dsource = torch.empty(source.shape, dtype=source.dtype, device=source.device)
