@@ -16,10 +16,12 @@ import typer
 from typer.main import get_command
 
 COMMANDS = {
+    "chat": "Talk with a model; conversations can be undone, saved and loaded.",
     "convert": "Rewrite a checkpoint in another format, without loss.",
     "doctor": "Print versions, devices and which backend each op would run on.",
     "generate": "Continue a prompt.",
     "quickstart": "Train a small Mamba on this Python's standard library, then let it write.",
+    "read": "Read a text of any length, and keep the state.",
     "verify": "Check that a model gives the same result however its tokens are fed.",
 }
 # What a user can mend: it is told in one line. Anything else is a bug of ours, and keeps its traceback.

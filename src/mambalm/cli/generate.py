@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 import mambalm
 from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
+from mambalm.cli.tokenizer import load_tokenizer
 from mambalm.generation import Sampling, Settings, end_tokens
 from mambalm.generation import generate as generate_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from mambalm.generation.session import Session, continue_texts
 
 
 def generate(
@@ -29,6 +28,8 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens come less often again.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Read the prompts behind this state file, each by itself.")] = None,
+    convert_state: Annotated[bool, typer.Option(help="Accept a state of another device or dtype.")] = False,
     dtype: Dtype = None,
     device: Device = None,
     chunk_size: Annotated[int, typer.Option(help="Tokens of the prompt that are read at once.")] = 2048,
@@ -38,9 +39,10 @@ def generate(
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    texts = _read_prompts(prompts or [], prompt_file or [])
+    # A state can be continued as it is.
+    texts = _read_prompts(prompts or ([] if state is None or prompt_file else [""]), prompt_file or [])
     network = mambalm.load(model, dtype=parse_dtype(dtype), device=parse_device(device))
-    encoder = _load_tokenizer(tokenizer or model)
+    encoder = load_tokenizer(tokenizer or model)
     settings = Settings(
         sampling=sampling,
         max_new_tokens=max_new_tokens,
@@ -48,8 +50,14 @@ def generate(
         seed=seed,
         chunk_size=chunk_size,
     )
+    if state is None:
+        pieces = generate_text(network, encoder, texts, settings, stop or [])
+    else:
+        session = Session(network, encoder, chunk_size=chunk_size, rungs=0)
+        session.load(state, convert=convert_state)
+        pieces = continue_texts(session, texts, settings, stop or [])
     written = [""] * len(texts)
-    for row, piece in generate_text(network, encoder, texts, settings, stop or []):
+    for row, piece in pieces:
         written[row] += piece
         if len(texts) == 1:
             sys.stdout.write(piece)
@@ -67,18 +75,3 @@ def _read_prompts(prompts: list[str], files: list[Path]) -> list[str]:
     if not texts:
         raise ValueError('no prompt; give one as in `mambalm generate MODEL "prompt"`, with --prompt-file or as -')
     return texts
-
-
-def _load_tokenizer(path_or_hub_id: str) -> PreTrainedTokenizerBase:
-    # Seconds, which --help and a mistyped option need not wait for.
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path_or_hub_id} has no tokenizer that transformers can load ({str(error).splitlines()[0]}); "
-            "put its tokenizer.json there, or name another with --tokenizer"
-        ) from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer

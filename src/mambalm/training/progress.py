@@ -36,13 +36,14 @@ class ProgressBar:
     ) -> None:
         self._bar.stop()
 
-    def update(self, fraction: float, text: str) -> None:
-        """Show how much is done, from 0 to 1, and ``text``."""
-        self._bar.update(self._task, completed=fraction, text=text)
+    def update(self, fraction: float | None, text: str) -> None:
+        """Show how much is done, from 0 to 1 (None: nobody knows), and ``text``."""
+        self._bar.update(self._task, completed=fraction or 0.0, total=None if fraction is None else 1.0, text=text)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line >= _LINE_EVERY:
             self._last_line = now
-            self._console.print(f"{self._title} {fraction:.0%} · {text}", highlight=False)
+            done = "" if fraction is None else f" {fraction:.0%}"
+            self._console.print(f"{self._title}{done} · {text}", highlight=False)
 
 
 def duration(seconds: float) -> str:

@@ -114,6 +114,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is no valid safetensors file ({error}): download or save it again") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings in the header of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def _require_whole(path: Path) -> None:
     """Raise unless a safetensors file is as long as its header says, naming the first tensor that is cut off."""
     size = path.stat().st_size
@@ -168,14 +174,18 @@ def write_safetensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_SIZE)
     for filename, names in split.filename_to_tensors.items():
-        shard, path = {name: tensors[name].contiguous() for name in names}, folder / filename
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(shard, path, metadata={"format": "pt"})
-        path.chmod(mode)  # safetensors goes by way of a temporary file, which only its owner may read
+        save_tensors(folder / filename, {name: tensors[name].contiguous() for name in names}, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, with the permissions of any new file."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    path.chmod(mode)  # safetensors goes by way of a temporary file, which only its owner may read
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -204,7 +214,7 @@ def written_whole(destination: Path, *, overwrite: bool = False) -> Iterator[Pat
     try:
         yield partial
         for path in [*partial.iterdir(), partial]:
-            _flush(path)
+            flush(path)
         if occupied:
             # A rename cannot replace a folder that has files, so the old one steps aside first.
             replaced = destination.rename(destination.with_name(f".{destination.name}.{token}.replaced"))
@@ -212,12 +222,12 @@ def written_whole(destination: Path, *, overwrite: bool = False) -> Iterator[Pat
             shutil.rmtree(replaced)
         else:
             partial.rename(destination)
-        _flush(destination.parent)
+        flush(destination.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file or a folder's list of files is on the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows has no such thing as opening a folder

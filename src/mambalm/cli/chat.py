@@ -1,0 +1,151 @@
+"""`mambalm chat`: a conversation in the terminal, each turn continued from the state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import mambalm
+from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
+from mambalm.cli.tokenizer import load_tokenizer
+from mambalm.generation import Sampling, Settings, end_tokens
+from mambalm.generation.conversation import Conversation
+from mambalm.generation.session import Session
+
+HELP = """\
+/undo          take back the last question and its answer
+/system TEXT   begin anew with this system prompt (without TEXT: with none)
+/save FILE     keep the conversation and its state
+/load FILE     go on with a saved conversation, or behind any state file
+/help          this list
+/exit          leave, as Ctrl-D does; Ctrl-C ends an answer"""
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, or the name of a Hugging Face repository.")],
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    state: Annotated[Path | None, typer.Option(help="A saved conversation, or a text read before it.")] = None,
+    convert_state: Annotated[bool, typer.Option(help="Accept states of another device or dtype.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that sum to p.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's folder or name; by default MODEL's.")] = None,
+) -> None:
+    """Talk with a model. A turn reads what it adds and nothing else; /help lists what can be done."""
+    if system is not None and state is not None:
+        raise ValueError("--system begins a conversation and --state goes on with one: give one of them")
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    encoder = load_tokenizer(tokenizer or model)
+    network = mambalm.load(model, dtype=parse_dtype(dtype), device=parse_device(device))
+    settings = Settings(sampling=sampling, max_new_tokens=max_new_tokens, end_tokens=end_tokens(network), seed=seed)
+
+    def open_file(path: Path) -> Conversation:
+        return Conversation.load(Session(network, encoder), path, convert=convert_state)
+
+    conversation = Conversation(Session(network, encoder), system) if state is None else open_file(state)
+    console = Console(stderr=True, highlight=False)
+    if conversation.uses_fallback:
+        console.print(
+            f"{tokenizer or model} has no chat template: using Falcon's ChatML form (<|im_start|>role ... <|im_end|>), "
+            "which this model may not have been trained on."
+        )
+    Chat(conversation, settings, console, open_file).run()
+
+
+class Chat:
+    """The loop over the lines that a user types."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        settings: Settings,
+        console: Console,
+        open_file: Callable[[Path], Conversation],
+    ) -> None:
+        """Talk in `conversation`; remarks go to `console`, answers to standard output."""
+        self._conversation, self._settings = conversation, settings
+        self._console, self._open_file = console, open_file
+        self._commands = {
+            "undo": self._undo,
+            "system": self._system,
+            "save": self._save,
+            "load": self._load,
+            "help": lambda _: self._remark(HELP),
+        }
+
+    def run(self) -> None:
+        """Read lines until the input ends or /exit; what cannot be done is told, and the conversation goes on."""
+        while (line := self._line()) not in (None, "/exit"):
+            assert line is not None
+            command, _, argument = line.removeprefix("/").partition(" ")
+            try:
+                if line.startswith("/"):
+                    self._command(command, argument.strip())
+                elif line:
+                    self._turn(line)
+            except (ValueError, OSError) as error:
+                self._remark(str(error))
+
+    def _line(self) -> str | None:
+        self._console.print("> ", end="", style="bold")
+        try:
+            return input().strip()
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+    def _remark(self, text: str) -> None:
+        self._console.print(text, style="dim", markup=False)
+
+    def _turn(self, text: str) -> None:
+        began = time.perf_counter()
+        read = self._conversation.ask(text)
+        heard = time.perf_counter()
+        with suppress(KeyboardInterrupt), closing(self._conversation.answer(self._settings)) as answer:
+            for piece in answer:
+                typer.echo(piece, nl=False)
+        typer.echo()
+        self._remark(
+            f"read {_speed(read, heard - began)}, wrote "
+            f"{_speed(self._conversation.written, time.perf_counter() - heard)}"
+        )
+
+    def _command(self, name: str, argument: str) -> None:
+        if name not in self._commands:
+            raise ValueError(f"there is no command /{name}; /help lists them")
+        self._commands[name](argument)
+
+    def _undo(self, _: str) -> None:
+        self._remark(f"Taken back: {self._conversation.undo()}")
+
+    def _system(self, text: str) -> None:
+        self._conversation.restart(text or None)
+        self._remark("A new conversation.")
+
+    def _save(self, name: str) -> None:
+        path = _named(name, "/save")
+        self._conversation.save(path)
+        self._remark(f"Saved {path}.")
+
+    def _load(self, name: str) -> None:
+        self._conversation = self._open_file(_named(name, "/load"))
+        asked = sum(message["role"] == "user" for message in self._conversation.messages)
+        self._remark(f"Loaded {name}: {asked} questions.")
+
+
+def _named(name: str, command: str) -> Path:
+    if not name:
+        raise ValueError(f"{command} needs the name of a file")
+    return Path(name).expanduser()
+
+
+def _speed(count: int, seconds: float) -> str:
+    return f"{count:,} tokens ({count / max(seconds, 1e-9):,.1f} tokens/s)"

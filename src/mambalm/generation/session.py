@@ -1,0 +1,249 @@
+"""Sessions: one reader of one text, which can be forked, rewound, saved, and read on from where it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mambalm.generation import state_file
+from mambalm.generation.engine import Settings, read, step
+from mambalm.generation.fingerprint import Fingerprint
+from mambalm.generation.sampling import choose
+from mambalm.generation.snapshot import Snapshot
+from mambalm.generation.text import TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mambalm.models.common import MambalmForCausalLM
+
+
+class Ladder:
+    """Snapshots to go back to: close together near the newest, ever farther apart behind it.
+
+    A snapshot goes when its neighbours' distances from the newest are within a factor of 2 of each other. So n tokens
+    leave at most about 2 log2(n), and going back by d tokens lands at most d tokens (or the spacing of what was
+    offered) too far. Above `limit`, the oldest go.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Keep at most `limit` snapshots; 0 keeps none."""
+        self._limit = limit
+        self._rungs: list[tuple[int, Snapshot]] = []
+
+    def copy(self) -> Ladder:
+        """A ladder of its own over the same snapshots."""
+        other = Ladder(self._limit)
+        other._rungs = list(self._rungs)
+        return other
+
+    @property
+    def positions(self) -> list[int]:
+        """Where the snapshots are, ascending."""
+        return [position for position, _ in self._rungs]
+
+    def offer(self, snapshot: Snapshot) -> None:
+        """Keep the newest snapshot, and drop those that are no longer worth their memory."""
+        newest = snapshot.position
+        if not newest:
+            return  # the beginning can always be gone back to
+        self.drop_after(newest - 1)
+        rungs = [*self._rungs, (newest, snapshot)]
+        kept = rungs[:1]
+        for (position, rung), (following, _) in pairwise(rungs[1:]):
+            if newest + 1 - kept[-1][0] > 2 * (newest + 1 - following):
+                kept.append((position, rung))
+        kept += rungs[-1:] if len(rungs) > 1 else []
+        self._rungs = kept[max(0, len(kept) - self._limit) :] if self._limit else []
+
+    def drop_after(self, position: int) -> None:
+        """Forget what is behind `position`."""
+        self._rungs = [rung for rung in self._rungs if rung[0] <= position]
+
+    def at_or_before(self, position: int) -> Snapshot | None:
+        """The nearest snapshot that is not behind `position`."""
+        return next((snapshot for at, snapshot in reversed(self._rungs) if at <= position), None)
+
+
+class Session:
+    """A model that reads one text.
+
+    Attributes:
+        model, tokenizer: who reads; the tokenizer is named in state files and may be None.
+        snapshot: what has been read, as a value.
+        ladder: what `rewind` goes back to.
+        written: the tokens that the latest `write` wrote and the session has read.
+    """
+
+    def __init__(
+        self,
+        model: MambalmForCausalLM,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        chunk_size: int = 2048,
+        rungs: int = 16,
+    ) -> None:
+        """Begin a text.
+
+        Args:
+            model: a causal language model of mambalm.
+            tokenizer: its tokenizer.
+            chunk_size: tokens that are read at once, from one multiple of it to the next.
+            rungs: states to keep for `rewind`, each of `snapshot.nbytes`.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self.chunk_size = chunk_size
+        self.snapshot = Snapshot.fresh(model)
+        self.ladder = Ladder(rungs)
+        self.written: list[int] = []
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of the model and tokenizer, taken once: the weights must not change during a session."""
+        return Fingerprint.of(self.model, self.tokenizer)
+
+    @property
+    def position(self) -> int:
+        """The number of tokens read."""
+        return self.snapshot.position
+
+    def whole_chunks(self, count: int) -> int:
+        """How many of `count` further tokens end at a multiple of the chunk size: the chunks then need no split."""
+        return max(0, (self.position + count) // self.chunk_size * self.chunk_size - self.position)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Read tokens, in constant memory.
+
+        Chunks end at multiples of the chunk size counted from the text's first token: a text has the same chunks,
+        and so the same rounding, whether it is read from its beginning or from a multiple on.
+
+        Raises:
+            ValueError: a token id is outside of the model's vocabulary.
+        """
+        at, start = 0, self.position
+        while at < len(tokens):
+            self.ladder.offer(self.snapshot)
+            piece = list(tokens[at : at + self.chunk_size - (start + at) % self.chunk_size])
+            logits, state = read(self.model, [torch.tensor(piece)], self.snapshot.state, chunk_size=len(piece))
+            self.snapshot = self.snapshot.after(piece, logits, state)
+            at += len(piece)
+
+    @torch.no_grad()
+    def write(self, settings: Settings) -> Generator[int, None, None]:
+        """Yield the tokens that follow, and read each when the next is asked for.
+
+        It ends before an end token, which it does not read, and after `max_new_tokens`. A caller that stops asking
+        leaves the session behind the last token but one.
+
+        Raises:
+            ValueError: nothing has been read yet.
+        """
+        start, self.written = self.snapshot, []
+        if start.logits is None:
+            raise ValueError("there is nothing to continue: read at least one token, such as the start-of-text token")
+        self.ladder.offer(start)
+        latest, written = (start.logits, start.state), list[int]()
+        seen = (start.counts > 0).to(start.logits.device)[None]
+        generator = torch.Generator(start.logits.device)
+        generator.manual_seed(torch.seed() % 2**63 if settings.seed is None else settings.seed)
+        try:
+            for _ in range(settings.max_new_tokens):
+                token = choose(latest[0], settings.sampling, seen, [generator])
+                written.append(int(token))
+                if written[-1] in settings.end_tokens:
+                    return
+                yield written[-1]
+                seen.scatter_(1, token[:, None], True)
+                latest = step(self.model, token, latest[1])
+        finally:
+            # The state knows how many tokens it has read, wherever the caller (or Ctrl-C) stopped.
+            self.written = written[: int(latest[1].position) - start.position]
+            self.snapshot = start.after(self.written, *latest)
+
+    def write_text(
+        self, settings: Settings, stop: Sequence[str] = (), context: Sequence[int] = ()
+    ) -> Generator[str, None, None]:
+        """Yield the text that follows as it becomes certain; see `write`.
+
+        Args:
+            settings: how to generate.
+            stop: the text ends before the first of these strings, which the session may have read a part of.
+            context: the last tokens read, for tokenizers whose text depends on them.
+
+        Raises:
+            ValueError: the session has no tokenizer, or has read nothing.
+        """
+        if self.tokenizer is None:
+            raise ValueError("the session has no tokenizer to write text with: give it one, or use write")
+        stream = TextStream(self.tokenizer, context, stop)
+        with closing(self.write(settings)) as tokens:
+            for token in tokens:
+                if text := stream.push(token):
+                    yield text
+                if stream.stopped:
+                    break
+        if text := stream.flush():
+            yield text
+
+    def fork(self) -> Session:
+        """A second session with the same past: it costs no memory until one of them goes on."""
+        other = copy.copy(self)
+        other.ladder = self.ladder.copy()
+        return other
+
+    def rewind(self, position: int) -> int:
+        """Go back to the nearest kept snapshot at or before `position`, the beginning at worst; return where it is.
+
+        Raises:
+            ValueError: the position is negative, or has not been read yet.
+        """
+        if not 0 <= position <= self.position:
+            raise ValueError(f"cannot rewind to token {position}: the session has read {self.position}")
+        if position < self.position:
+            self.restore(self.ladder.at_or_before(position) or Snapshot.fresh(self.model))
+        return self.position
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot of the same text; the ladder forgets what comes after it."""
+        self.snapshot = snapshot
+        self.ladder.drop_after(snapshot.position)
+
+    def save(self, path: Path | str, notes: Mapping[str, Any] | None = None) -> None:
+        """Write a state file, with notes that `load` gives back; see `state_file.save`."""
+        state_file.save(Path(path), self.snapshot, self.fingerprint, notes)
+
+    def load(self, path: Path | str, *, convert: bool = False) -> dict[str, Any]:
+        """Go on from a state file, with an empty ladder; return its notes. See `state_file.load` for the errors."""
+        self.snapshot, notes = state_file.load(Path(path), self.model, self.fingerprint, convert=convert)
+        self.ladder.drop_after(-1)
+        return notes
+
+
+def continue_texts(
+    session: Session, texts: Sequence[str], settings: Settings, stop: Sequence[str] = ()
+) -> Iterator[tuple[int, str]]:
+    """Continue each text behind what the session has read, in a fork of its own; yield (row, text) as it comes.
+
+    A text joins on without a special token before it; an empty one continues the session as it is.
+
+    Raises:
+        ValueError: see `Session.write_text`.
+    """
+    if session.tokenizer is None:
+        raise ValueError("the session has no tokenizer to read text with: give it one")
+    for row, text in enumerate(texts):
+        fork = session.fork()
+        tokens = session.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        fork.read(tokens)
+        seed = None if settings.seed is None else settings.seed + row
+        for piece in fork.write_text(replace(settings, seed=seed), stop, tokens):
+            yield row, piece

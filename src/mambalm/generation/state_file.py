@@ -1,0 +1,133 @@
+"""State files: a snapshot as one safetensors file that is either whole or not there, and refuses what does not fit.
+
+docs/sessions.md describes the format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mambalm.generation.fingerprint import Fingerprint
+from mambalm.generation.snapshot import Snapshot
+from mambalm.models.formats.io import CheckpointError, flush, read_metadata, read_safetensors, save_tensors
+
+if TYPE_CHECKING:
+    from mambalm.models.common import MambalmForCausalLM
+
+FORMAT = "mambalm state"
+VERSION = 1
+
+
+class StateFileError(ValueError):
+    """A state file cannot be used; the message names the file, the reason and the remedy."""
+
+
+def save(path: Path, snapshot: Snapshot, fingerprint: Fingerprint, notes: Mapping[str, Any] | None = None) -> None:
+    """Write a snapshot; a file of that name is replaced when the new one is on the disk, and not before.
+
+    Args:
+        path: the file.
+        snapshot: what to write, bit for bit.
+        fingerprint: of the model and tokenizer that made it.
+        notes: what the caller wants back from `load`, as JSON has it.
+
+    Raises:
+        OSError: it cannot be written; the file is as it was.
+    """
+    named = {f"state.{name}": tensor for name, tensor in _named(snapshot.state) if tensor is not None}
+    named |= {"counts": snapshot.counts, "fingerprint.samples": fingerprint.samples}
+    if snapshot.logits is not None:
+        named["logits"] = snapshot.logits
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in named.items()
+    }
+    content = {
+        "fingerprint": fingerprint.to_json(),
+        "digest": snapshot.digest.hex(),
+        "notes": dict(notes or {}),
+        "crc32": _checksum(tensors),
+    }
+    metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(content)}
+    temporary = path.with_name(f".{path.name}.incomplete")
+    try:
+        save_tensors(temporary, tensors, metadata)
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error}); what was there is intact") from error
+
+
+def load(
+    path: Path, model: MambalmForCausalLM, fingerprint: Fingerprint, *, convert: bool = False
+) -> tuple[Snapshot, dict[str, Any]]:
+    """Read a snapshot and the notes written with it; on a CPU its tensors are the file's pages.
+
+    Args:
+        path: the file.
+        model: the model that is to read on, for the form and place of its state.
+        fingerprint: of that model and its tokenizer.
+        convert: accept a state from another kind of device or from parameters of another dtype.
+
+    Raises:
+        StateFileError: the file is damaged, is no state file, is of a newer version, or of another model or tokenizer.
+        FileNotFoundError: there is no such file.
+    """
+    content, tensors = _read(path)
+    there = Fingerprint.from_json(content["fingerprint"], tensors["fingerprint.samples"])
+    if difference := next(there.differences(fingerprint, convert=convert), None):
+        raise StateFileError(f"{path} does not fit: {difference}")
+    form = model.init_state(1, device="meta")
+    placed: list[Tensor | None] = []
+    for name, wanted in _named(form):
+        tensor = None if wanted is None else tensors[f"state.{name}"]
+        dtype = wanted.dtype if wanted is not None and convert else None
+        placed.append(None if tensor is None else tensor.to(model.device, dtype))
+    state = pytree.tree_unflatten(placed, pytree.tree_structure(form))
+    logits = tensors.get("logits")
+    logits = None if logits is None else logits.to(model.device)
+    return Snapshot(state, logits, tensors["counts"], bytes.fromhex(content["digest"])), content["notes"]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The checked content of a file of our format and version."""
+    try:
+        tensors = read_safetensors(path)
+        metadata = read_metadata(path)
+    except CheckpointError as error:
+        raise StateFileError(str(error)) from error
+    if metadata.get("format") != FORMAT:
+        raise StateFileError(
+            f"{path} is a safetensors file but no state file: write one with `mambalm read` or Session.save"
+        )
+    version = int(metadata["version"])
+    if version > VERSION:
+        raise StateFileError(
+            f"{path} is a state file of version {version}, and this mambalm knows up to {VERSION}: update mambalm"
+        )
+    content = json.loads(metadata["content"])
+    if _checksum(tensors) != content["crc32"]:
+        raise StateFileError(f"{path} is damaged, its checksum does not fit: copy it again, or read the text again")
+    return content, tensors
+
+
+def _named(state: Any) -> list[tuple[str, Tensor | None]]:
+    """The tensors of a state by where they are in it, such as layers[0].conv; None for those that a layer has not."""
+    return [(pytree.keystr(path).removeprefix("."), leaf) for path, leaf in pytree.tree_flatten_with_path(state)[0]]
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
+    return value
