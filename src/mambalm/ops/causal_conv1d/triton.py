@@ -13,7 +13,7 @@ from mambalm.ops.triton_support import dense_channels, on, processors, unsupport
 # The inputs and the gradients that a program keeps in registers grow with the taps.
 _MOST_TAPS = 8
 
-# Channels of a program, its warps, and the rows that it loads together; docs/decisions/2026-11-22-conv-and-norm-gpu.md.
+# Channels of a program, its warps, and the rows that it loads together; docs/decisions/conv-and-norm-gpu.md.
 _FORWARD = {"BLOCK": 256, "num_warps": 2, "ROWS": 8}
 _BACKWARD = {"BLOCK": 128, "num_warps": 1, "ROWS": 8}
 # Registers of a thread in the backward, of so many taps: ptxas takes more by itself, and too few programs fit side by
@@ -52,7 +52,9 @@ class _Launch:
         columns = triton.cdiv(d, blocks["BLOCK"])
         documents = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
         wanted = triton.cdiv(b * l * columns, processors(x.device) * _PROGRAMS)
-        chunk = min(max(triton.next_power_of_2(wanted), _LEAST_TOKENS), most_tokens)
+        # The rows of a batch of single tokens do not wait for each other.
+        least = min(_LEAST_TOKENS, triton.next_power_of_2(max(l, 1)))
+        chunk = min(max(triton.next_power_of_2(wanted), least), most_tokens)
         # Without a token there are still gradients of states to hand on.
         self.chunks = max(triton.cdiv(b * l, chunk), 1)
         self.states = (documents, d, k - 1)
