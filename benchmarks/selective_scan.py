@@ -123,6 +123,7 @@ def main() -> None:
     """Gate, measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.selective_scan", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "h200")
+    parser.add_argument("--commit", default="", help="what is measured, where there is no git to ask")
     parser.add_argument("--backend", default="gluon", choices=("gluon", "triton"))
     options = parser.parse_args()
     gate = Case("selective_scan", {"b": 2, "l": 67, "d": 48, "n": 16})
@@ -134,7 +135,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     print(table(rows))
     options.output.mkdir(parents=True, exist_ok=True)
-    results = {**provenance(), "backend": options.backend, "dtype": "bfloat16", "rows": rows}
+    results = {**provenance(options.commit), "backend": options.backend, "dtype": "bfloat16", "rows": rows}
     (options.output / "selective_scan.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

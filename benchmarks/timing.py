@@ -32,15 +32,15 @@ def device_ms(function: Callable[[], object], repeats: int = 15) -> float:
     return round(statistics.median(times), 4)
 
 
-def provenance() -> dict[str, str]:
-    """Device, versions and commit, for the head of a results file."""
+def provenance(commit: str = "") -> dict[str, str]:
+    """Device, versions and commit, for the head of a results file; a copy without git is told its ``commit``."""
     import triton
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or described.stdout.strip() or "unknown",
     }
