@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from transformers import FalconMambaConfig, MambaConfig
 
+from benchmarks.timing import provenance
+from mambalm.layers import Mamba
 from mambalm.models import FalconMambaForCausalLM, MambaForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,9 +64,14 @@ def median_seconds(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds for call, seconds in times if call >= 2)
 
 
-def training(name: str, batch: int, length: int, peer: float, peer_peak: float, goal: float) -> dict[str, Any]:
-    """Steps of a model in training."""
+def training(
+    name: str, batch: int, length: int, peer: float, peer_peak: float, goal: float, recompute: bool
+) -> dict[str, Any]:
+    """Steps of a model in training; ``recompute`` as in `mambalm.layers.Mamba`."""
     trained = model(name, torch.float32).train()
+    for module in trained.modules():
+        if isinstance(module, Mamba):
+            module.recompute = recompute
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(50280, (batch, length), device="cuda")
 
@@ -83,6 +90,7 @@ def training(name: str, batch: int, length: int, peer: float, peer_peak: float, 
         "model": name,
         "batch": batch,
         "length": length,
+        "recompute": recompute,
         "tokens_per_second": round(speed),
         "mfu": round(6 * parameters * speed / PEAK_FLOPS, 4),
         "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
@@ -110,7 +118,7 @@ def prefill(name: str, length: int, peer: float, goal: float | None) -> dict[str
 
 
 MODES: dict[str, tuple[Callable[..., dict[str, Any]], tuple[tuple[Any, ...], ...]]] = {
-    "training": (training, TRAINING),
+    "training": (training, tuple((*case, again) for case in TRAINING for again in (False, True))),
     "prefill": (prefill, PREFILL),
 }
 
@@ -120,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
     parser.add_argument("--mode", choices=MODES, help="this one only")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--commit", default="", help="what was measured, where there is no git")
     options = parser.parse_args()
     device = torch.cuda.get_device_name()
     folder = options.output / device.lower().removeprefix("nvidia ").replace(" ", "-")
@@ -135,8 +144,8 @@ def main() -> None:
             print(mode, json.dumps(rows[-1]), flush=True)
             gc.collect()
             torch.cuda.empty_cache()
-        header = {"device": device, "torch": torch.__version__}
-        (folder / f"{mode}.json").write_text(json.dumps({**header, "cases": rows}, indent=1) + "\n")
+        text = json.dumps({**provenance(options.commit), "cases": rows}, indent=1)
+        (folder / f"{mode}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ class Mamba(nn.Module):
         conv_bias, bias: whether the convolution has one; whether in_proj and out_proj have.
         d_inner: inner channels d, for checkpoints that state them beside ``expand``.
         bcdt_rms_eps: normalise Δ, B and C by their root mean square, with this eps and without weights (FalconMamba).
-        recompute: compute the convolution, Δ, B and C again in the backward instead of keeping them: a third of the
-            activations for a few percent of the time. None: on GPUs.
+        recompute: compute the convolution, Δ, B and C again in the backward instead of keeping them: half of the kept
+            activations for a few percent of the time (docs/decisions/2026-11-22-recomputation.md).
         backend: the ops' backend; None: automatic choice.
         layer_idx: kept for the caller.
 
@@ -90,7 +90,7 @@ class Mamba(nn.Module):
         *,
         d_inner: int | None = None,
         bcdt_rms_eps: float | None = None,
-        recompute: bool | None = None,
+        recompute: bool = False,
         backend: str | None = None,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
@@ -156,9 +156,8 @@ class Mamba(nn.Module):
             ValueError: a shape does not fit; the message names the tensor.
         """
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        recompute = x.device.type != "cpu" if self.recompute is None else self.recompute
         inner = (u, z, *MambaState.unpack(state), cu_seqlens)
-        y, conv, ssm = keeping_scans(self._inner, *inner) if recompute else self._inner(*inner)
+        y, conv, ssm = keeping_scans(self._inner, *inner) if self.recompute else self._inner(*inner)
         y = self.out_proj(y)
         return (y, MambaState(conv, ssm)) if return_state else y
 
