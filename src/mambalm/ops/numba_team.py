@@ -93,6 +93,18 @@ def floats_at(address, size):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, inline="always")
+def shorts_at(address, size):  # type: ignore[no-untyped-def]
+    """``size`` int16 at an address."""
+    return carray(_pointer(address), (size,), np.int16)
+
+
+@njit(nogil=True, inline="always")
+def words_at(address, size):  # type: ignore[no-untyped-def]
+    """``size`` int32 at an address."""
+    return carray(_pointer(address), (size,), np.int32)
+
+
+@njit(nogil=True, inline="always")
 def integers_at(address, size):  # type: ignore[no-untyped-def]
     """``size`` int64 at an address."""
     return carray(_pointer(address), (size,), np.int64)

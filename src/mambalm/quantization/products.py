@@ -31,38 +31,36 @@ def plain(weight: Tensor, bias: Tensor | None, x: Tensor, y: Tensor, *, added: b
     """y (out) = weight (out, in) x + bias, or added to y; x, bias and y float32, weight float32 or bfloat16."""
     weight = weight.detach()
     rows, size = weight.shape
-    bytes_per_row = size * weight.itemsize
+    row = size * weight.itemsize
     turn = kernels.LANES * weight.itemsize
-    strides = (rows, bytes_per_row, 0, bytes_per_row, turn, size // kernels.LANES)
-    return [_product(_PLAIN[weight.dtype], weight, None, x, None, y, bias, added, rows, strides)]
+    layout = (rows, row, 0, row, turn, ROWS * row, size // kernels.LANES)
+    return [_product(_PLAIN[weight.dtype], (weight, None, x, None, torch.ones(1)), y, bias, added, rows, layout)]
 
 
 def packed(weight: Packed, bias: Tensor | None, x: Tensor, y: Tensor, *, added: bool = False) -> list[Job]:
     """The same for a packed weight."""
     blocks, turns = weight.values.shape[:2]
-    inputs = torch.zeros(-(-weight.in_features // MULTIPLE[weight.bits]) * MULTIPLE[weight.bits])
-    offset = torch.zeros(inputs.numel() // GROUP, kernels.LANES)
-    ready = make(kernels.prepare, 1, x, inputs, offset, weight.in_features, weight.bits == 4)
+    padded = turns * MULTIPLE[weight.bits]
+    rounded, factor = torch.zeros(padded, dtype=torch.int16), torch.zeros(1)
+    offset = torch.zeros(padded // GROUP, kernels.LANES, dtype=torch.int32) if weight.bits == 4 else None
+    ready = make(kernels.prepare, 1, x, weight.in_features, rounded, padded, factor, offset)
     row, scale = weight.values[0, 0, 0].nbytes, weight.scales[0, 0, 0].nbytes
-    strides = (blocks * ROWS, turns * row, turns * scale, row, ROWS * row, turns)
+    layout = (blocks * ROWS, turns * row, turns * scale, row, ROWS * row, kernels.AHEAD, turns)
     function = kernels.int4 if weight.bits == 4 else kernels.int8
-    arguments = (weight.values, weight.scales, inputs, offset, y, bias, added, weight.out_features, strides)
-    return [ready, _product(function, *arguments)]
+    inputs = (weight.values, weight.scales, rounded, offset, factor)
+    return [ready, _product(function, inputs, y, bias, added, weight.out_features, layout)]
 
 
 def _product(
     function: object,
-    weight: Tensor,
-    scales: Tensor | None,
-    x: Tensor,
-    offset: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
     y: Tensor,
     bias: Tensor | None,
     added: bool,
     out: int,
-    strides: tuple[int, ...],
+    layout: tuple[int, ...],
 ) -> Job:
-    per_chunk = max(1, _CHUNK_BYTES // (ROWS * strides[1]))
+    per_chunk = max(1, _CHUNK_BYTES // (ROWS * layout[1]))
     chunks = math.ceil(out / ROWS / per_chunk)
     bias = None if bias is None else bias.detach().float()
-    return make(function, chunks, weight, scales, x, offset, y, bias, added, out, *strides, per_chunk)
+    return make(function, chunks, *inputs, y, bias, added, out, *layout, per_chunk)

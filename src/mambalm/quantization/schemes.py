@@ -4,8 +4,8 @@ The packed layouts are those that the kernels read from one end to the other. Ro
 block all rows of one vector of inputs lie side by side:
 
 - 8 bits: (blocks, groups, ROWS, 64) int8, scales (blocks, groups, ROWS);
-- 4 bits: (blocks, groups / 2, ROWS, 16) int32, of which word j holds inputs j, 16 + j, ..., 112 + j of 128, the first
-  in the lowest bits, each plus 8; scales (blocks, groups / 2, ROWS, 2).
+- 4 bits: (blocks, groups / 2, ROWS, 32) int16, of which word j holds inputs j, 32 + j, 64 + j and 96 + j of 128, the
+  first in the lowest bits, each plus 8; scales (blocks, groups / 2, ROWS, 2).
 
 Rows and inputs past the weight's are zero.
 """
@@ -23,7 +23,7 @@ ROWS = 4
 BITS = {"int8": 8, "int4": 4}
 _LARGEST = {8: 127, 4: 7}
 _ROWS_AT_ONCE = 128  # quantised at a time: what is computed on the way stays in cache
-_WORD_LANES = 16  # int32 words of a vector
+_WORDS = 32  # int16 words of a vector
 # Inputs are padded to a multiple of this.
 MULTIPLE = {8: GROUP, 4: 2 * GROUP}
 # Fewer steps between 0 and the largest weight waste its range, more clip it: which is best depends on the group.
@@ -43,9 +43,8 @@ class Packed:
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the packed values stand for, in ``dtype``."""
         if self.bits == 4:
-            shifts = torch.arange(0, 32, 4, dtype=torch.int32)[:, None]
-            values = ((self.values.unsqueeze(-2) >> shifts) & 15).sub_(8)  # (blocks, G / 2, ROWS, 8, 16)
-            values = values.unflatten(-2, (2, 4)).flatten(-2)  # (..., 2, GROUP)
+            values = ((self.values.unsqueeze(-2) >> _shifts(torch.int16)) & 15).sub_(8)  # (blocks, G / 2, ROWS, 4, 32)
+            values = values.unflatten(-2, (2, 2)).flatten(-2)  # (..., 2, GROUP)
         else:
             values = self.values
         weight = values.to(dtype).mul_(self.scales[..., None].to(dtype))
@@ -81,10 +80,14 @@ def _packed_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 8:
         return blocks.to(torch.int8).contiguous(), scales
     halves = blocks.unflatten(1, (-1, 2)).transpose(2, 3)  # (blocks, G / 2, ROWS, 2, GROUP)
-    nibbles = halves.unflatten(-1, (4, _WORD_LANES)).flatten(-3, -2).to(torch.int32) + 8  # (..., 8, 16)
-    # The bits do not overlap, and the sum of the last wraps to the sign.
-    words = (nibbles << torch.arange(0, 32, 4, dtype=torch.int32)[:, None]).sum(-2, dtype=torch.int32)
+    nibbles = halves.unflatten(-1, (2, _WORDS)).flatten(-3, -2).to(torch.int32) + 8  # (..., 4, 32)
+    words = (nibbles << _shifts(torch.int32)).sum(-2, dtype=torch.int32).to(torch.int16)  # the highest bit wraps
     return words, scales.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+
+
+def _shifts(dtype: torch.dtype) -> Tensor:
+    """Where the nibbles of a word lie, (4, 1)."""
+    return torch.arange(0, 16, 4, dtype=dtype)[:, None]
 
 
 def _nearest(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
