@@ -37,7 +37,7 @@ OUTSIDE = {
     "layers": {"torch"},
     "quantization": {"torch"} | _CHECKPOINTS,
     "models": {"torch"} | _CHECKPOINTS,
-    "generation": {"tokenizers", "torch", "transformers"},
+    "generation": {"jinja2", "tokenizers", "torch", "transformers"},
 }
 # Backends alone may import what they run on: a specification needs no kernel library.
 KERNEL_LIBRARIES = {"llvmlite", "numba", "numpy", "triton"}

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mambalm.diagnostics.tiny import VOCABULARY, tiny_models
 from mambalm.generation import Sampling, Settings
+from mambalm.generation.cpu_step import CPUStep
 from mambalm.generation.session import Ladder, Session
 from mambalm.generation.snapshot import NOTHING_READ, Snapshot, advance, chain
 from mambalm.generation.state_file import StateFileError
@@ -120,6 +121,25 @@ def test_writing_stops_where_the_caller_stops(mamba: MambalmForCausalLM) -> None
     assert other.snapshot.logits is not None
     assert relative_error(session.snapshot.logits, other.snapshot.logits) <= FLOAT32
     assert list(session.write(Settings(end_tokens=frozenset(expected[3:4])))) == []
+
+
+def test_interrupted_within_a_step(mamba: MambalmForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(mamba)
+    session.read(TOKENS[:9])
+    before, steps = session.snapshot, iter([None, None])
+    step = CPUStep.__call__
+
+    def interrupted(self: CPUStep, token: torch.Tensor) -> torch.Tensor:
+        logits = step(self, token)
+        if next(steps, "over") == "over":
+            raise KeyboardInterrupt
+        return logits
+
+    monkeypatch.setattr(CPUStep, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(session.write(Settings(max_new_tokens=8)))
+    assert session.snapshot is before
+    assert session.written == []
 
 
 def test_nothing_read_is_nothing_to_continue(mamba: MambalmForCausalLM) -> None:

@@ -52,7 +52,7 @@ def chat(
         return Conversation.load(Session(network, encoder), path, convert=convert_state)
 
     conversation = Conversation(Session(network, encoder), system) if state is None else open_file(state)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     if conversation.uses_fallback:
         console.print(
             f"{tokenizer or model} has no chat template: using Falcon's ChatML form (<|im_start|>role ... <|im_end|>), "

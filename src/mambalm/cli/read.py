@@ -45,11 +45,11 @@ def read(
     session = Session(network, encoder, chunk_size=chunk_size, rungs=0)
     if state is not None:
         session.load(state, convert=convert_state)
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     with _opened(text) as source:
         reading = Reading(session, encoder, source, output, restart)
         if reading.resumed:
-            console.print(f"Resuming at token {session.position:,}.", highlight=False)
+            console.print(f"Resuming at token {session.position:,}.")
         began, first = time.monotonic(), session.position
         try:
             _run(reading, checkpoint_seconds, ProgressBar(console, "Reading"), _size(text))
@@ -59,8 +59,7 @@ def read(
     seconds, count = time.monotonic() - began, session.position - first
     console.print(
         f"{output}: {session.position:,} tokens; read {count:,} of them in {seconds:,.1f} s, {count / seconds:,.0f} "
-        "tokens/s",
-        highlight=False,
+        "tokens/s"
     )
 
 

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mambalm.generation import state_file
+from mambalm.generation.cpu_step import CPUStep, refusal
 from mambalm.generation.engine import Settings, read, step
 from mambalm.generation.fingerprint import Fingerprint
 from mambalm.generation.sampling import choose
 from mambalm.generation.snapshot import Snapshot
 from mambalm.generation.text import TextStream
+from mambalm.layers.state import State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,7 +145,7 @@ class Session:
         """Yield the tokens that follow, and read each when the next is asked for.
 
         It ends before an end token, which it does not read, and after `max_new_tokens`. A caller that stops asking
-        leaves the session behind the last token but one.
+        leaves the session behind the last token but one; `written` says what was read.
 
         Raises:
             ValueError: nothing has been read yet.
@@ -151,23 +154,28 @@ class Session:
         if start.logits is None:
             raise ValueError("there is nothing to continue: read at least one token, such as the start-of-text token")
         self.ladder.offer(start)
-        latest, written = (start.logits, start.state), list[int]()
-        seen = (start.counts > 0).to(start.logits.device)[None]
-        generator = torch.Generator(start.logits.device)
+        logits, written, is_whole = start.logits, list[int](), True
+        seen = (start.counts > 0).to(logits.device)[None]
+        generator = torch.Generator(logits.device)
         generator.manual_seed(torch.seed() % 2**63 if settings.seed is None else settings.seed)
+        reader = _reader(self.model, start.state)
         try:
             for _ in range(settings.max_new_tokens):
-                token = choose(latest[0], settings.sampling, seen, [generator])
+                token = choose(logits, settings.sampling, seen, [generator])
                 written.append(int(token))
                 if written[-1] in settings.end_tokens:
                     return
                 yield written[-1]
                 seen.scatter_(1, token[:, None], True)
-                latest = step(self.model, token, latest[1])
+                is_whole = False
+                logits = reader(token)
+                is_whole = True
         finally:
-            # The state knows how many tokens it has read, wherever the caller (or Ctrl-C) stopped.
-            self.written = written[: int(latest[1].position) - start.position]
-            self.snapshot = start.after(self.written, *latest)
+            # Ctrl-C within a step leaves the reader's state in pieces: the session then stays where it began to write.
+            if is_whole:
+                state = reader.state()
+                self.written = written[: int(state.position) - start.position]
+                self.snapshot = start.after(self.written, logits.clone(), state)
 
     def write_text(
         self, settings: Settings, stop: Sequence[str] = (), context: Sequence[int] = ()
@@ -226,6 +234,24 @@ class Session:
         self.snapshot, notes = state_file.load(Path(path), self.model, self.fingerprint, convert=convert)
         self.ladder.drop_after(-1)
         return notes
+
+
+class _Reader:
+    """Reads tokens of one row one by one, as `CPUStep` does, for every model and device."""
+
+    def __init__(self, model: MambalmForCausalLM, state: State) -> None:
+        self._model, self._state = model, state
+
+    def __call__(self, token: Tensor) -> Tensor:
+        logits, self._state = step(self._model, token, self._state)
+        return logits
+
+    def state(self) -> State:
+        return self._state
+
+
+def _reader(model: MambalmForCausalLM, state: State) -> CPUStep | _Reader:
+    return CPUStep(model, state) if refusal(model) is None else _Reader(model, state)
 
 
 def continue_texts(

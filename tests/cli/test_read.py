@@ -1,0 +1,164 @@
+"""`mambalm read`: the state it writes, resuming after a kill, and `generate --state` behind it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+import mambalm_cli
+from mambalm.generation import Settings
+from mambalm.generation.session import Session
+
+TEXT = "def quicksort(numbers): return sorted(numbers)\r\nhéllo wörld, 😀 the quick brown fox\n" * 600
+QUICK = ("--device", "cpu", "--chunk-size", "512")
+
+
+def call(*arguments: str | Path, stdin: bytes | str | None = None) -> Result:
+    return CliRunner().invoke(mambalm_cli.app, [str(argument) for argument in arguments], input=stdin)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every tensor's bytes."""
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> Session:
+    """A session that has read the whole text, tokenised at once."""
+    session = Session(tiny_model, tiny_tokenizer, chunk_size=512)
+    session.read(tiny_tokenizer(TEXT)["input_ids"])
+    return session
+
+
+@pytest.fixture
+def expected(whole: Session, tmp_path: Path) -> dict[str, bytes]:
+    whole.save(tmp_path / "expected.state")
+    return contents(tmp_path / "expected.state")
+
+
+def test_the_state_is_that_of_the_whole_text(tiny_checkpoint: Path, book: Path, expected: dict[str, bytes]) -> None:
+    output = book.with_name("book.state")
+    result = call("read", tiny_checkpoint, book, "-o", output, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert contents(output) == expected
+    assert "tokens/s" in result.stderr
+    assert result.stdout == ""
+    assert not output.with_name("book.state.partial").exists()
+
+
+def test_read_in_two_parts(tiny_checkpoint: Path, book: Path, expected: dict[str, bytes]) -> None:
+    first, second = book.with_name("first.state"), book.with_name("second.state")
+    data = TEXT.encode()
+    cut = data.index(b" the quick", len(data) // 2)
+    assert call("read", tiny_checkpoint, "-", "-o", first, *QUICK, stdin=data[:cut]).exit_code == 0
+    result = call("read", tiny_checkpoint, "-", "-o", second, "--state", first, *QUICK, stdin=data[cut:])
+    assert result.exit_code == 0, result.output
+    session = {name: value for name, value in contents(second).items() if name in ("counts", "state.position")}
+    assert session == {name: expected[name] for name in session}
+
+
+@pytest.fixture
+def killed(tiny_checkpoint: Path, book: Path) -> Path:
+    """The output of a run that was killed behind its first checkpoint, with a third of the text still to come."""
+    output = book.with_name("book.state")
+    partial = output.with_name("book.state.partial")
+    command = [sys.executable, "-m", "mambalm", "read", str(tiny_checkpoint), "-", "-o", str(output), *QUICK]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    data = TEXT.encode()
+    process = subprocess.Popen(
+        [*command, "--checkpoint-seconds", "0"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    assert process.stdin is not None
+    assert process.stderr is not None
+    try:
+        process.stdin.write(data[: 2 * len(data) // 3])
+        process.stdin.flush()
+        deadline = time.monotonic() + 150
+        while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert partial.exists(), "no checkpoint was written"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not output.exists()
+    return output
+
+
+def test_killed_and_resumed(tiny_checkpoint: Path, book: Path, killed: Path, expected: dict[str, bytes]) -> None:
+    partial = killed.with_name("book.state.partial")
+    left = partial.read_bytes()
+    other = book.with_name("other.txt")
+    other.write_bytes(b"x" + TEXT.encode())
+    empty = book.with_name("empty.state")
+    assert call("read", tiny_checkpoint, "-", "-o", empty, *QUICK, stdin="another beginning").exit_code == 0
+    refusals = {
+        "the text is another one": (other, *QUICK),
+        "it was begun with --chunk-size 512": (book, "--device", "cpu", "--chunk-size", "256"),
+        "its text began behind another --state": (book, "--state", empty, *QUICK),
+    }
+    for reason, (text, *options) in refusals.items():
+        result = call("read", tiny_checkpoint, text, "-o", killed, *options)
+        assert result.exit_code == 2
+        assert reason in result.stderr
+        assert "--restart begins anew" in result.stderr
+    assert partial.read_bytes() == left
+    result = call("read", tiny_checkpoint, book, "-o", killed, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "Resuming at token" in result.stderr
+    assert contents(killed) == expected
+    assert not partial.exists()
+    # With --restart a checkpoint is not even looked at.
+    partial.write_bytes(b"damaged")
+    assert call("read", tiny_checkpoint, book, "-o", killed, *QUICK).exit_code == 2
+    assert call("read", tiny_checkpoint, book, "-o", killed, "--restart", *QUICK).exit_code == 0
+    assert contents(killed) == expected
+
+
+def test_generate_behind_a_state(
+    tiny_checkpoint: Path, tiny_tokenizer: PreTrainedTokenizerFast, whole: Session, tmp_path: Path
+) -> None:
+    state = tmp_path / "book.state"
+    whole.save(state)
+    options = ("--state", state, "--max-new-tokens", "6", "--device", "cpu")
+
+    def expected(text: str) -> str:
+        fork = whole.fork()
+        fork.read(tiny_tokenizer(text)["input_ids"])
+        return "".join(fork.write_text(Settings(max_new_tokens=6, end_tokens=frozenset({0}))))
+
+    for prompts in (["the fox"], []):
+        result = call("generate", tiny_checkpoint, *prompts, *options)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.rstrip("\n") == expected("".join(prompts)).rstrip("\n")
+    result = call("generate", tiny_checkpoint, "the fox", "def", *options)
+    assert result.stdout == f"--- 1\n{expected('the fox')}\n--- 2\n{expected('def')}\n"
+
+
+def test_what_cannot_be_read_is_told_in_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    for name, message in {"empty.txt": "the text is empty", "latin.txt": "is not UTF-8", "no.txt": "no.txt"}.items():
+        result = call("read", tiny_checkpoint, tmp_path / name, "-o", tmp_path / "a.state", *QUICK)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr
+        assert not (tmp_path / "a.state").exists()
