@@ -83,7 +83,14 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
             if kind != "F32":
                 command = [options.llama, LLAMA, "quantize", whole, kind, file]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            found[f"llama.cpp {kind}"] = [options.llama, str(LLAMA), "serve", str(file), threads]
+            found[f"llama.cpp {kind}"] = [
+                options.llama,
+                str(LLAMA),
+                "serve",
+                str(file),
+                threads,
+                *["plain"] * options.plain,
+            ]
     return found
 
 
@@ -120,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["mamba-130m", "mamba2-130m"], help="FAMILY-SIZE")
     parser.add_argument("--llama", help="a Python that has llama-cpp-python and gguf")
+    parser.add_argument("--plain", action="store_true", help="llama.cpp reads prompts without AMX, where that crashes")
     parser.add_argument("--ours", nargs="*", default=["float32", "bfloat16", "int8", "int4"])
     parser.add_argument("--stock", nargs="*", default=["float32"])
     parser.add_argument("--formats", nargs="*", default=["F32", "F16", "BF16", "Q8_0", "Q4_0"])

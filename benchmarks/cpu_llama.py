@@ -1,7 +1,7 @@
 """The llama.cpp side of `benchmarks.cpu`: runs under a Python that has llama-cpp-python and gguf, and nothing of ours.
 
 `cpu_llama.py export FOLDER FILE` writes the float32 weights that `benchmarks.cpu` left in FOLDER as GGUF,
-`cpu_llama.py quantize FILE TYPE OUT` rewrites them, `cpu_llama.py serve FILE THREADS` answers on standard input.
+`quantize FILE TYPE OUT` rewrites them, `serve FILE THREADS [plain]` answers on standard input.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ def quantize(source: str, kind: str, out: str) -> None:
 class Model:
     """A GGUF model that reads tokens."""
 
-    def __init__(self, file: str, threads: int) -> None:
+    def __init__(self, file: str, threads: int, *, rearranged: bool = True) -> None:
         parameters = llama_cpp.llama_model_default_params()
+        parameters.use_extra_bufts = rearranged
         self._model = llama_cpp.llama_model_load_from_file(file.encode(), parameters)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = 4096, 2048, 512
@@ -116,16 +117,21 @@ class Model:
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, -1), (size,)).copy()
 
 
-def serve(file: str, threads: int) -> None:
-    """Answer `prefill N` and `decode N` with seconds, `logits N V` with the logits after tokens 1..N."""
+def serve(file: str, threads: int, plain: bool) -> None:
+    """Answer `prefill N` and `decode N` with seconds, `logits N V` with the logits after tokens 1..N.
+
+    ``plain``: no rearranged weights (AMX) but for decoding, where the CPU claims AMX and the system does not allow it.
+    """
     llama_cpp.llama_backend_init()
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
-    model = Model(file, threads)
+    decoder = Model(file, threads)
+    reader = Model(file, threads, rearranged=False) if plain else decoder
     print("ready", flush=True)
     for line in sys.stdin:
         what, *numbers = line.split()
         count = int(numbers[0])
+        model = decoder if what == "decode" else reader
         model.clear()
         start = time.perf_counter()
         if what == "decode":
@@ -146,4 +152,4 @@ if __name__ == "__main__":
     elif command == "quantize":
         quantize(*arguments)
     else:
-        serve(arguments[0], int(arguments[1]))
+        serve(arguments[0], int(arguments[1]), arguments[2:] == ["plain"])

@@ -1,7 +1,7 @@
 """Our side and transformers' of `benchmarks.cpu`: `python -m benchmarks.cpu_sides SIDE FOLDER KIND THREADS`.
 
-SIDE is mambalm or transformers, KIND a dtype or, for mambalm, int8 or int4 (on top of bfloat16). Answers `prefill N` and
-`decode N` with seconds, `logits N V` with the logits after tokens 1..N.
+SIDE is mambalm or transformers, KIND a dtype or, for mambalm, int8 or int4 (on top of bfloat16). Answers `prefill N`
+and `decode N` with seconds, `logits N V` with the logits after tokens 1..N.
 """
 
 from __future__ import annotations

@@ -64,11 +64,6 @@ def test_a_loaded_model_can_be_saved_where_it_came_from(tmp_path: Path) -> None:
     assert_same(mambalm.load(tmp_path / "b").state_dict(), expected)
 
 
-def test_quantization_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"quantization='int4' is not available.*register\(\)"):
-        mambalm.load(checkpoint(tmp_path), quantization="int4")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -36,16 +36,21 @@ def refusal(model: MambalmForCausalLM) -> str | None:
         return f"the model is on {model.device.type}"
     if model.dtype not in (torch.float32, *_HALF):
         return f"the model is {model.dtype}"
+    if any(map(_hooked, (model, model.backbone, model.backbone.norm_f))):
+        return "a module has hooks"
     blocks: Any = model.backbone.layers
-    for block in blocks:
-        mixer = block.mixer
-        kind = type(mixer)
-        if kind not in (Mamba, Mamba2) or block.mlp is not None or type(block.norm) is not RMSNorm:
-            return f"a layer is more than a norm and a Mamba or Mamba-2 layer: {kind.__name__}"
-        if mixer.backend not in (None, "cpu") or (kind is Mamba2 and mixer.d_ssm != mixer.d_inner):
-            return "a layer asks for another backend, or has an MLP inside"
-        if any(_hooked(part) for part in (block, mixer, mixer.conv1d, block.norm)):
-            return "a module has hooks"
+    return next((reason for block in blocks if (reason := _block_refusal(block)) is not None), None)
+
+
+def _block_refusal(block: Any) -> str | None:
+    mixer = block.mixer
+    kind = type(mixer)
+    if kind not in (Mamba, Mamba2) or block.mlp is not None or type(block.norm) is not RMSNorm:
+        return f"a layer is more than a norm and a Mamba or Mamba-2 layer: {kind.__name__}"
+    if mixer.backend not in (None, "cpu") or (kind is Mamba2 and mixer.d_ssm != mixer.d_inner):
+        return "a layer asks for another backend, or has an MLP inside"
+    if any(map(_hooked, (block, mixer, mixer.conv1d, block.norm))):
+        return "a module has hooks"
     return None
 
 

@@ -1,0 +1,69 @@
+"""The team of threads: every chunk once, in the order of the jobs, whoever takes it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from mambalm.ops.numba_team import JobList, Team, float_of, integers_at, job, make
+
+
+@job
+def count(chunk, a):  # type: ignore[no-untyped-def]
+    """Add to counter ``chunk`` (a[0], of a[1]) the sum over the counters before (a[2]) of the job before, plus a[3]."""
+    before, now = integers_at(a[2], a[1]), integers_at(a[0], a[1])
+    total = np.int64(float_of(a[3]))
+    for value in before:
+        total += value
+    now[chunk] += total
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def chain(chunks: int, length: int) -> tuple[JobList, np.ndarray]:
+    """Jobs of which each reads all that the one before wrote."""
+    counters = np.zeros((length + 1, chunks), np.int64)
+    jobs = [make(count, chunks, counters[i + 1], chunks, counters[i], 1.0) for i in range(length)]
+    return JobList(jobs), counters
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7])
+def test_jobs_wait_for_each_other(threads: int, chunks: int) -> None:
+    jobs, counters = chain(chunks, 12)
+    team = Team()
+    for turn in range(1, 4):
+        jobs.run(team)
+        assert counters[1].tolist() == [turn] * chunks
+        counters[2:] = 0
+    jobs.run(team)
+    expected = [4]
+    while len(expected) < 12:
+        expected.append(chunks * expected[-1] + 1)
+    assert counters[1:, 0].tolist() == expected
+    assert (counters[1:] == counters[1:, :1]).all()
+
+
+def test_two_callers_of_one_team(threads: int) -> None:
+    team = Team()
+    both = [chain(3, 20) for _ in range(2)]
+
+    def call(jobs: JobList) -> None:
+        for _ in range(50):
+            jobs.run(team)
+
+    callers = [threading.Thread(target=call, args=(jobs,)) for jobs, _ in both]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert all((counters[1] == 50).all() for _, counters in both)
