@@ -9,17 +9,19 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-# Relative error allowed to float32 arithmetic against float64 (design.md, "The equalities").
-FLOAT32 = 1e-5
+from mambalm.diagnostics.verify import FLOAT32_TOLERANCE as FLOAT32
+from mambalm.diagnostics.verify import HALF_PRECISION_FACTOR, relative_error
 
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64; of the plain norm where the expected one is zero."""
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
-    assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    scale = expected.norm().item()
-    error = (actual - expected).norm().item()
-    return error / scale if scale else error
+__all__ = [
+    "FLOAT32",
+    "assert_close",
+    "assert_no_worse",
+    "cu_seqlens",
+    "gradients",
+    "pieces",
+    "relative_error",
+    "splits",
+]
 
 
 def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = FLOAT32) -> None:
@@ -30,15 +32,13 @@ def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], t
     assert not bad, f"relative errors over {tolerance}: {bad}; all: {errors}"
 
 
-def assert_no_worse(
-    actual: Mapping[str, Tensor], rounded: Mapping[str, Tensor], exact: Mapping[str, Tensor], *, factor: float = 2
-) -> None:
+def assert_no_worse(actual: Mapping[str, Tensor], rounded: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:
     """The half-precision rule: an error against float64 is at most twice that of the reference run in that dtype.
 
     Tensors that the reference gets within float32 rounding are held to the float32 tolerance.
     """
     for name, truth in exact.items():
-        allowed = max(factor * relative_error(rounded[name], truth), FLOAT32)
+        allowed = max(HALF_PRECISION_FACTOR * relative_error(rounded[name], truth), FLOAT32)
         error = relative_error(actual[name], truth)
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
 

@@ -58,8 +58,14 @@ class Check:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64; the plain norm of the difference where the latter is 0."""
-    actual, expected = actual.double(), expected.double()
+    """||actual - expected|| / ||expected|| in float64; the plain norm of the difference where the latter is 0.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"shapes {tuple(actual.shape)} and {tuple(expected.shape)} have no difference")
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     scale = expected.norm().item()
     error = (actual - expected).norm().item()
     return error / scale if scale else error
