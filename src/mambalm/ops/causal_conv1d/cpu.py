@@ -57,6 +57,10 @@ def forward(
 def _final_state(x: Tensor, initial_state: Tensor | None, inputs: _Inputs) -> Tensor:
     """The last k-1 inputs of each document, (s, d, k-1)."""
     width = inputs.k - 1
+    if x.shape[0] == inputs.documents:  # each a row: no index to make, which a decode step would feel
+        before = x.new_zeros(len(x), inputs.d, width) if initial_state is None else initial_state.to(x.dtype)
+        joined = torch.cat([before, x[:, max(x.shape[1] - width, 0) :].transpose(1, 2)], dim=-1)
+        return joined[..., joined.shape[-1] - width :].contiguous()
     offsets = torch.from_numpy(inputs.offsets)
     place = offsets[1:, None] + torch.arange(-width, 0)  # (s, k-1)
     tokens = x.reshape(-1, inputs.d)
