@@ -122,11 +122,13 @@ def test_killed_and_resumed(tiny_checkpoint: Path, book: Path, killed: Path, exp
         assert reason in result.stderr
         assert "--restart begins anew" in result.stderr
     assert partial.read_bytes() == left
+    # As if it had been killed within its next checkpoint.
+    (killed.parent / ".book.state.partial.incomplete").write_bytes(left[:100])
     result = call("read", tiny_checkpoint, book, "-o", killed, *QUICK)
     assert result.exit_code == 0, result.output
     assert "Resuming at token" in result.stderr
     assert contents(killed) == expected
-    assert not partial.exists()
+    assert not list(killed.parent.glob("*.partial*")) + list(killed.parent.glob(".*"))
     # With --restart a checkpoint is not even looked at.
     partial.write_bytes(b"damaged")
     assert call("read", tiny_checkpoint, book, "-o", killed, *QUICK).exit_code == 2

@@ -19,7 +19,10 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SEED = "the quick brown fox doesn't jump over 1234567 lazy dogs.\n\n  def f(x):\n\treturn x\n héllo wörld 你好。世界"
+SEED = (
+    "111 222 111 the quick brown fox doesn't jump over 1234567 lazy dogs.\n\n  def f(x):\n\treturn x\n"
+    " héllo wörld 你好。世界"
+)
 PIECES = [
     *SEED.split(" "), " ", "  ", "\n", "\n\n", "\r\n", "\t", ".", "...", "!\n", "😀", "👩‍👩‍👧", "e\u0301", "a",
     "12", "999999", "你好", "，", "<end>", "don't", "\u00a0", "ﬁ", "\ufeff",
@@ -63,6 +66,9 @@ def build(name: str) -> PreTrainedTokenizerFast:
         "neox": lambda: byte_level(plain, normalizer=normalizers.NFC()),
         "prefix space": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)),
         "llama3": lambda: byte_level(pre_tokenizers.Split(Regex(LLAMA3), "isolated"), merged),
+        "digits from the right": lambda: byte_level(
+            pre_tokenizers.Split(Regex(r"\d{1,3}(?=(?:\d{3})*(?:\D|$))|\s+|\p{L}+"), "isolated"), merged
+        ),
         "falcon": lambda: byte_level(
             pre_tokenizers.Punctuation("contiguous"),
             plain,
@@ -89,7 +95,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mambalm.generation.token_stream._BLOCK", 101)
 
 
-NAMES = ["gpt2", "neox", "prefix space", "llama3", "falcon", "metaspace", "one word"]
+NAMES = ["gpt2", "neox", "prefix space", "llama3", "digits from the right", "falcon", "metaspace", "one word"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -125,6 +131,11 @@ def test_equal_to_the_whole_text(
 def test_long_runs(tokenizer: PreTrainedTokenizerFast, run: str) -> None:
     text = text_of(1, 300) + run * 1500 + text_of(2, 300)
     assert joined(stream(tokenizer, text)) == tokenizer(text)["input_ids"]
+
+
+def test_a_margin_that_is_too_small_is_noticed(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = text_of(3, 600)
+    assert joined(stream(tokenizer, text, margin=0)) == tokenizer(text)["input_ids"]
 
 
 @pytest.mark.parametrize("text", ["", "a", "the quick fox", " ", "\n"])

@@ -16,6 +16,7 @@ from rich.console import Console
 import mambalm
 from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
 from mambalm.cli.tokenizer import load_tokenizer
+from mambalm.generation import state_file
 from mambalm.generation.session import Session
 from mambalm.generation.token_stream import Mark, TokenStream
 from mambalm.training.progress import ProgressBar
@@ -132,7 +133,7 @@ class Reading:
         if not self.session.position:
             raise ValueError("the text is empty: there is nothing to read")
         self.session.save(self._output)
-        self._partial.unlink(missing_ok=True)
+        state_file.remove(self._partial)
 
     def _resume(self) -> dict[str, Any]:
         notes = self.session.load(self._partial).get("reading")

@@ -57,7 +57,7 @@ def save(path: Path, snapshot: Snapshot, fingerprint: Fingerprint, notes: Mappin
         "crc32": _checksum(tensors),
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(content)}
-    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary = _temporary(path)
     try:
         save_tensors(temporary, tensors, metadata)
         flush(temporary)
@@ -97,6 +97,16 @@ def load(
     logits = tensors.get("logits")
     logits = None if logits is None else logits.to(model.device)
     return Snapshot(state, logits, tensors["counts"], bytes.fromhex(content["digest"])), content["notes"]
+
+
+def remove(path: Path) -> None:
+    """Delete a state file if it is there, and what a `save` left that was killed."""
+    path.unlink(missing_ok=True)
+    _temporary(path).unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.incomplete")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,16 +1,17 @@
 """The tokens of a text of any length, in memory that does not grow with it, equal to those of the whole text.
 
-A window of the text is tokenised and cut at a boundary well before its end. The next window begins well before the cut,
-and the cut is taken only if both windows have a boundary there and the same tokens after it. docs/sessions.md says why
-that suffices.
+A window of the text is tokenised and cut between two tokens well before its end, where letters, digits, white space or
+other characters meet. The next window begins well before the cut, and the cut is taken only if both windows have a
+boundary there and the same tokens after it. docs/sessions.md says why that suffices.
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
+import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, BinaryIO
@@ -39,15 +40,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Token ids, the character behind each token, and the number of the word (pre-token) that it is in."""
+    """Token ids, and the character behind each token."""
 
     ids: list[int]
     ends: list[int]
-    words: Sequence[int | None]
 
-    def is_boundary(self, index: int, within_words: bool) -> bool:
-        """Whether the text can be told apart before token `index`: between characters, and between words."""
-        return self.ends[index - 1] < self.ends[index] and (within_words or self.words[index - 1] != self.words[index])
+    def before(self, at: int) -> int:
+        """The number of tokens that end at or before character `at`."""
+        return bisect_right(self.ends, at)
 
 
 class TokenStream:
@@ -70,8 +70,9 @@ class TokenStream:
             source: the text, from its first byte; it need not be seekable.
             begin: put the special tokens around the text that the tokenizer puts there.
             mark: `mark` of an earlier stream over the same text: its tokens so far are not given out again.
-            window: characters that are tokenised at once, more where a single word is longer.
-            margin: characters around a cut that must agree; no token may depend on text farther away.
+            window: characters that are tokenised at once, more where one run of the same kind is longer.
+            margin: characters around a cut that must agree; no token may depend on text farther away, except through
+                such a run.
 
         Raises:
             ValueError: the tokenizer is no fast one, or the text is not the one of the mark.
@@ -80,7 +81,6 @@ class TokenStream:
             raise ValueError(f"{type(tokenizer).__name__} tells no offsets; save it as a fast tokenizer")
         self._tokenizer, self._source = tokenizer, source
         self._window, self._margin = window, margin
-        self._within_words = tokenizer.backend_tokenizer.pre_tokenizer is None
         self._prefix, self._suffix = _surroundings(tokenizer) if begin else ([], [])
         self._hash = hashlib.sha256()
         self._offset = self._skip = 0
@@ -106,7 +106,7 @@ class TokenStream:
             if len(self._buffer) - self._skip < wanted:
                 continue
             tokens = self._cut()
-            # Without a boundary (one endless word) the window grows until there is one.
+            # Without a cut (one endless run) the window grows until there is one.
             wanted = self._window if tokens else 2 * wanted
             if tokens:
                 yield self._begun() + tokens
@@ -131,11 +131,11 @@ class TokenStream:
 
     def _encode(self, text: str) -> _Tokens:
         encoding = self._tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
-        return _Tokens(encoding.ids, [end for _, end in encoding.offsets], encoding.word_ids)
+        return _Tokens(encoding.ids, [end for _, end in encoding.offsets])
 
     def _given_out(self, tokens: _Tokens) -> int:
         """How many of the window's tokens lie before what is still to be given out."""
-        return bisect_right(tokens.ends, self._skip) if self._skip else 0
+        return tokens.before(self._skip) if self._skip else 0
 
     def _cut(self) -> list[int]:
         """The tokens up to the best cut, of which the buffer then keeps the margin; none where there is no cut."""
@@ -143,7 +143,7 @@ class TokenStream:
         first = self._given_out(tokens)
         for index in islice(self._candidates(tokens, first), _ATTEMPTS):
             cut = tokens.ends[index - 1]
-            before = bisect_right(tokens.ends, cut - self._margin)
+            before = tokens.before(cut - self._margin)
             start = tokens.ends[before - 1] if before else 0
             if self._agrees(start, cut, tokens.ids[index:]):
                 self._drop(start)
@@ -152,24 +152,22 @@ class TokenStream:
         return []
 
     def _candidates(self, tokens: _Tokens, first: int) -> list[int]:
-        """The token indices before which to cut: before white space behind a word rather, the last ones first."""
-        stop = bisect_right(tokens.ends, len(self._buffer) - self._margin)
-        found = [i for i in range(stop - 1, first, -1) if tokens.is_boundary(i, self._within_words)]
-        return sorted(found, key=lambda index: not self._ends_a_word(tokens.ends[index - 1]))
-
-    def _ends_a_word(self, at: int) -> bool:
-        return self._buffer[at].isspace() and not self._buffer[at - 1].isspace()
+        """The token indices before which to cut: before white space rather, the last ones first."""
+        ends, text = tokens.ends, self._buffer
+        stop = tokens.before(len(text) - self._margin)
+        # Bytes of one character are tokens with the same end.
+        found = [
+            index
+            for index in range(stop - 1, first, -1)
+            if (at := ends[index - 1]) < ends[index] and _kind(text[at - 1]) != _kind(text[at])
+        ]
+        return sorted(found, key=lambda index: not text[ends[index - 1]].isspace())
 
     def _agrees(self, start: int, cut: int, following: list[int]) -> bool:
         """Whether a window that begins at `start` has the same boundary at `cut` and the same tokens behind it."""
         tokens = self._encode(self._buffer[start:])
-        index = bisect_right(tokens.ends, cut - start)
-        return (
-            0 < index < len(tokens.ids)
-            and tokens.ends[index - 1] == cut - start
-            and tokens.is_boundary(index, self._within_words)
-            and tokens.ids[index:] == following
-        )
+        index = tokens.before(cut - start)
+        return index > 0 and tokens.ends[index - 1] == cut - start and tokens.ids[index:] == following
 
     def _drop(self, length: int) -> None:
         """Forget the first characters of the buffer."""
@@ -177,6 +175,15 @@ class TokenStream:
         self._hash.update(data)
         self._offset += len(data)
         self._buffer, self._skip = self._buffer[length:], 0
+
+
+def _kind(character: str) -> str:
+    """The kind of a character, letters and their marks being one, and so is all white space.
+
+    Within a run of one kind a boundary may depend on the run's far end, as where digits are grouped from the right.
+    """
+    kind = "space" if character.isspace() else unicodedata.category(character)[0]
+    return "L" if kind == "M" else kind
 
 
 def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
