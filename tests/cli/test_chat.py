@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -63,6 +65,23 @@ def test_what_cannot_be_done_is_told_and_the_conversation_goes_on(
     assert result.stdout == f"{answer(answers, 'the fox')}\n"
     for message in ("there is nothing to undo", "no command /fly", "/save needs", "missing.state", "/exit", "A new"):
         assert message in result.stderr
+
+
+def test_ctrl_c_ends_an_answer_and_no_more(
+    tiny_checkpoint: Path, answers: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Session.write_text
+
+    def interrupted(self: Session, *arguments: Any) -> Iterator[str]:
+        monkeypatch.setattr(Session, "write_text", write)
+        yield next(write(self, *arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "write_text", interrupted)
+    result = chat(tiny_checkpoint, "the fox", "/undo", "sort numbers", options=("--system", "be brief"))
+    assert result.exit_code == 0, result.output
+    assert "Interrupted." in result.stderr
+    assert result.stdout.splitlines()[-1] == answer(answers, "sort numbers").splitlines()[-1]
 
 
 def test_the_models_own_template_is_used_without_a_word(

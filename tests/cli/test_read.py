@@ -131,7 +131,9 @@ def test_killed_and_resumed(tiny_checkpoint: Path, book: Path, killed: Path, exp
     assert not list(killed.parent.glob("*.partial*")) + list(killed.parent.glob(".*"))
     # With --restart a checkpoint is not even looked at.
     partial.write_bytes(b"damaged")
-    assert call("read", tiny_checkpoint, book, "-o", killed, *QUICK).exit_code == 2
+    result = call("read", tiny_checkpoint, book, "-o", killed, *QUICK)
+    assert result.exit_code == 2
+    assert "--restart begins anew" in result.stderr
     assert call("read", tiny_checkpoint, book, "-o", killed, "--restart", *QUICK).exit_code == 0
     assert contents(killed) == expected
 
@@ -164,3 +166,8 @@ def test_what_cannot_be_read_is_told_in_one_line(tiny_checkpoint: Path, tmp_path
         assert result.exit_code == 2, result.output
         assert message in result.stderr
         assert not (tmp_path / "a.state").exists()
+    (tmp_path / "good.txt").write_text("the fox")
+    for output in (tmp_path, tmp_path / "missing" / "a.state"):
+        result = call("read", tiny_checkpoint, tmp_path / "good.txt", "-o", output, *QUICK)
+        assert result.exit_code == 2
+        assert "name a file in a folder that exists" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,22 @@ def test_loaded_behind_a_text(
         loaded.ask("numbers")
     with pytest.raises(StateFileError, match="was saved with another chat template"):
         Conversation.load(Session(tiny_model, with_template(tokenizer, CHANGING + " ")), tmp_path / "talk.state")
+
+
+def test_a_question_that_cannot_be_read_changes_nothing(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = with_template(copy.deepcopy(tiny_tokenizer), CHANGING)
+    tokenizer.add_tokens(["<unknown>"])
+    session = Session(tiny_model, tokenizer, chunk_size=8)
+    conversation = Conversation(session)
+    conversation.ask("sort the numbers")
+    list(conversation.answer(SETTINGS))
+    with pytest.raises(ValueError, match="the model's vocabulary has 300"):
+        conversation.ask("the quick brown fox <unknown>")
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    conversation.ask("the fox")
+    assert_read(session, [], rendered(conversation, tokenizer, True))
 
 
 def test_what_the_template_refuses_is_told(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -94,6 +94,8 @@ class Chat:
                     self._turn(line)
             except (ValueError, OSError) as error:
                 self._remark(str(error))
+            except KeyboardInterrupt:
+                self._remark("Interrupted.")
 
     def _line(self) -> str | None:
         self._console.print("> ", end="", style="bold")
@@ -109,10 +111,12 @@ class Chat:
         began = time.perf_counter()
         read = self._conversation.ask(text)
         heard = time.perf_counter()
-        with suppress(KeyboardInterrupt), closing(self._conversation.answer(self._settings)) as answer:
-            for piece in answer:
-                typer.echo(piece, nl=False)
-        typer.echo()
+        with closing(self._conversation.answer(self._settings)) as answer:
+            try:
+                for piece in answer:
+                    typer.echo(piece, nl=False)
+            finally:
+                typer.echo()
         self._remark(
             f"read {_speed(read, heard - began)}, wrote "
             f"{_speed(self._conversation.written, time.perf_counter() - heard)}"

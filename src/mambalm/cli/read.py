@@ -83,8 +83,11 @@ class Reading:
         """Begin, or resume where a checkpoint is.
 
         Raises:
-            ValueError: the checkpoint is of another text, model, beginning or chunk size.
+            ValueError: the checkpoint is of another text, model, beginning or chunk size, or there is no place for the
+                output.
         """
+        if output.is_dir() or not output.absolute().parent.is_dir():
+            raise ValueError(f"{output} cannot be written: name a file in a folder that exists")
         self.session, self._output = session, output
         self._partial = output.with_name(f"{output.name}.partial")
         self._base = session.snapshot.digest.hex()
@@ -136,7 +139,10 @@ class Reading:
         state_file.remove(self._partial)
 
     def _resume(self) -> dict[str, Any]:
-        notes = self.session.load(self._partial).get("reading")
+        try:
+            notes = self.session.load(self._partial).get("reading")
+        except state_file.StateFileError as error:
+            raise self._refusal(str(error)) from error
         if notes is None:
             raise self._refusal("it is no checkpoint of `mambalm read`")
         if notes["base"] != self._base:

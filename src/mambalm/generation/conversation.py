@@ -69,7 +69,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         try:
             return self._catch_up(self._render(add_generation_prompt=True))
-        except ValueError:
+        except (ValueError, KeyboardInterrupt):
             self.messages.pop()
             raise
 
@@ -183,8 +183,10 @@ class Conversation:
             if session.position < self._floor.position:
                 session.restore(self._floor)
         known = session.position - self._base
-        session.read(tokens[known:])
-        self._tokens = list(tokens)
+        try:
+            session.read(tokens[known:])
+        finally:
+            self._tokens = list(tokens[: session.position - self._base])
         return len(tokens) - known
 
     def _ending(self, settings: Settings) -> tuple[Settings, list[str]]:
