@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambalm.quantization.schemes import GROUP, quantize
+from mambalm.quantization.layout import GROUP
+from mambalm.quantization.schemes import quantize
 from tests.helpers import relative_error
 
 SHAPES = [(8, 128), (10, 64), (7, 96), (1, 1), (5, 200)]

@@ -12,9 +12,9 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from mambalm.ops.numba_support import f32
+from mambalm.ops.numba_support import f32, kernel, narrow, part, sums, widen
 from mambalm.ops.numba_team import floats_at, job, shorts_at, words_at
-from mambalm.quantization.schemes import ROWS
+from mambalm.quantization.layout import ROWS
 
 LANES = 16
 AHEAD = 4096  # bytes from a packed weight to what is fetched meanwhile
@@ -236,3 +236,70 @@ def prepare(chunk, a):  # type: ignore[no-untyped-def]
             for k in (64 * group, 64 * group + 32):
                 total += np.int32(rounded[k + 2 * lane]) + np.int32(rounded[k + 2 * lane + 1])
             offset[group * LANES + lane] = np.int32(-8) * total
+
+
+@kernel
+def unpack8(first, last, values, scales, weight):  # type: ignore[no-untyped-def]
+    """Blocks first..last of a packed weight of 8 bits as weight (rows, in): float32, or bfloat16 as its bits."""
+    for block in range(first, last):
+        for turn in range(values.shape[1]):
+            for r in range(ROWS):
+                scale = widen(scales[block, turn, r])
+                source = values[block, turn, r]
+                row = part(weight[block * ROWS + r], turn * 64, 64)
+                for k in range(64):
+                    row[k] = narrow(row, f32(source[k]) * scale)
+
+
+@kernel
+def unpack4(first, last, values, scales, weight):  # type: ignore[no-untyped-def]
+    """The same for 4 bits."""
+    for block in range(first, last):
+        for turn in range(values.shape[1]):
+            for r in range(ROWS):
+                source = values[block, turn, r]
+                for k in range(4):
+                    scale = widen(scales[block, turn, r, k // 2])
+                    row = part(weight[block * ROWS + r], turn * 128 + 32 * k, 32)
+                    shift = np.int16(4 * k)
+                    for j in range(32):
+                        nibble = np.int16(source[j] >> shift) & np.int16(15)
+                        row[j] = narrow(row, f32(np.int16(nibble) - np.int16(8)) * scale)
+
+
+@sums
+def _squared_error(source, inverse, scale, lowest, highest):  # type: ignore[no-untyped-def]
+    error = f32(0)
+    for k in range(source.size):
+        difference = min(max(np.rint(source[k] * inverse), lowest), highest) * scale - source[k]
+        error += difference * difference
+    return error
+
+
+@kernel
+def quantize(first, last, groups, steps, ends, values, scales):  # type: ignore[no-untyped-def]
+    """Groups first..last of weights (count, GROUP) as int8 values and bfloat16 scales (count).
+
+    A scale maps the largest weight to one of ``steps``: to the one that leaves the least error. It is rounded before
+    the weights are, so that its rounding is no error of its own.
+    """
+    lowest, highest = ends[0], ends[1]
+    for g in range(first, last):
+        source = groups[g]
+        extreme = f32(0)
+        for k in range(source.size):
+            if abs(source[k]) > abs(extreme):
+                extreme = source[k]
+        least = f32(np.inf)
+        for step in steps:
+            rounded = narrow(scales, extreme / step)
+            scale = widen(rounded)
+            inverse = f32(1) / scale if scale != f32(0) else f32(0)
+            error = _squared_error(source, inverse, scale, lowest, highest)
+            if error < least:
+                least = error
+                scales[g] = rounded
+        scale = widen(scales[g])
+        inverse = f32(1) / scale if scale != f32(0) else f32(0)
+        for k in range(source.size):
+            values[g, k] = np.int8(min(max(np.rint(source[k] * inverse), lowest), highest))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mambalm.ops.backends import is_plain
 from mambalm.ops.numba_team import JobList, Team
 from mambalm.quantization import products
-from mambalm.quantization.schemes import Packed, quantize
+from mambalm.quantization.layout import Packed
+from mambalm.quantization.schemes import quantize
 
 # Up to so many rows of x the packed weight is read once per row; beyond, unpacking it once is cheaper.
 _FEW = 4
@@ -66,9 +67,11 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in x's dtype."""
+        plain = x.device.type == "cpu" and is_plain(x)
         rows = x.numel() // self.in_features
-        if rows > _FEW or x.device.type != "cpu" or not is_plain(x) or x.dtype == torch.float64:
-            weight = self.packed.unpack(x.dtype)
+        if not plain or rows > _FEW or x.dtype == torch.float64:
+            fast = plain and x.dtype in (torch.float32, torch.bfloat16)
+            weight = products.unpack(self.packed, x.dtype) if fast else self.packed.unpack(x.dtype)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         inputs = x.reshape(rows, self.in_features).float().contiguous()
         y = torch.empty(rows, self.out_features)

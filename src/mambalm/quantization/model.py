@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from mambalm.quantization.layout import BITS
 from mambalm.quantization.linear import QuantizedLinear
-from mambalm.quantization.schemes import BITS
 
 # The last part of a module's name, and the most bits that it is reduced to.
 LEAST_BITS = {"in_proj": 4, "out_proj": 4, "fc1": 4, "fc2": 4, "x_proj": 8, "lm_head": 8}

@@ -1,4 +1,4 @@
-"""Linear layers as jobs: y = W x + bias for one float32 vector x, the weight as it lies in memory."""
+"""Linear layers as jobs: y = W x + bias for one float32 vector x, the weight as it lies in memory; and unpacking."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from mambalm.ops.numba_support import bits, parallel
 from mambalm.ops.numba_team import Job, make
 from mambalm.quantization import _numba_kernels as kernels
-from mambalm.quantization.schemes import GROUP, MULTIPLE, ROWS, Packed
+from mambalm.quantization.layout import GROUP, MULTIPLE, ROWS, Packed
 
 # Bytes of weights that a thread takes at once: enough to hide the taking, few enough to share a small weight.
 _CHUNK_BYTES = 48 * 1024
@@ -49,6 +50,15 @@ def packed(weight: Packed, bias: Tensor | None, x: Tensor, y: Tensor, *, added: 
     function = kernels.int4 if weight.bits == 4 else kernels.int8
     inputs = (weight.values, weight.scales, rounded, offset, factor)
     return [ready, _product(function, inputs, y, bias, added, weight.out_features, layout)]
+
+
+def unpack(weight: Packed, dtype: torch.dtype) -> Tensor:
+    """`weight.unpack(dtype)` for float32 and bfloat16, in one pass; scales are multiplied in float32."""
+    blocks, turns = weight.values.shape[:2]
+    out = torch.empty(blocks * ROWS, turns * MULTIPLE[weight.bits], dtype=dtype)
+    function = kernels.unpack4 if weight.bits == 4 else kernels.unpack8
+    parallel(function, blocks, out.numel(), (weight.values.numpy(), bits(weight.scales), bits(out)))
+    return out[: weight.out_features, : weight.in_features]
 
 
 def _product(
