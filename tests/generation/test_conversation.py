@@ -140,6 +140,16 @@ def test_saved_and_loaded(tiny_model: PreTrainedModel, tokenizer: PreTrainedToke
     assert_read(other, [], rendered(loaded, tokenizer, True))
 
 
+def test_saved_between_question_and_answer(
+    tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    conversation = Conversation(Session(tiny_model, tokenizer))
+    conversation.ask("fox")
+    conversation.save(tmp_path / "a.state")
+    loaded = Conversation.load(Session(tiny_model, tokenizer), tmp_path / "a.state")
+    assert list(loaded.answer(SETTINGS)) == list(conversation.answer(SETTINGS))
+
+
 def test_loaded_behind_a_text(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from mambalm.diagnostics.tiny import VOCABULARY, tiny_models
 from mambalm.generation import Sampling, Settings
 from mambalm.generation.cpu_step import CPUStep
+from mambalm.generation.fingerprint import Fingerprint
 from mambalm.generation.session import Ladder, Session
 from mambalm.generation.snapshot import NOTHING_READ, Snapshot, advance, chain
 from mambalm.generation.state_file import StateFileError
@@ -254,6 +256,15 @@ def test_another_dtype_only_on_request(name: str, there: torch.dtype, here: torc
     assert session.snapshot.logits is not None
     assert cast.snapshot.logits is not None
     assert relative_error(cast.snapshot.logits, session.snapshot.logits) < 0.05
+
+
+def test_another_device_only_on_request(mamba: MambalmForCausalLM) -> None:
+    here = Fingerprint.of(mamba)
+    there = replace(here, device="cuda")
+    (difference,) = there.differences(here)
+    assert difference.startswith("the model there was on cuda, here it is on cpu; ask for the conversion")
+    assert not list(there.differences(here, convert=True))
+    assert there.key != here.key == Fingerprint.of(mamba).key
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, 5000, -1])

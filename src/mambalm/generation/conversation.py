@@ -81,6 +81,8 @@ class Conversation:
         """
         if not self.messages or self.messages[-1]["role"] != "user":
             raise ValueError("there is nothing to answer: ask something first")
+        # Nothing is left to read, unless the conversation was saved between question and answer.
+        self._catch_up(self._render(add_generation_prompt=True))
         settings, stop = self._ending(settings)
         said = ""
         try:
