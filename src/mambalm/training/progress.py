@@ -24,7 +24,7 @@ class ProgressBar:
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
             console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
-        self._task = self._bar.add_task(title, total=1.0, text="")
+        self._task = self._bar.add_task(title, total=None, text="")
         self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
