@@ -65,6 +65,13 @@ def test_what_a_trained_model_predicts_stays(tmp_path: Path) -> None:
     assert losses["int4"] < exact + 0.1
 
 
+def test_a_packed_model_is_not_saved(tmp_path: Path) -> None:
+    model = quantize_model(FAMILIES["mamba"].model(), "int4")
+    with pytest.raises(ValueError, match=r"in_proj is packed in 4 bits.*quantise when loading"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_not_available_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'int3' is not available: choose 'int8' or 'int4'.*from_pretrained"):
         mambalm.load(tmp_path, quantization="int3")

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from mambalm.layers.mamba import Mamba, StepProjection
+from mambalm.quantization.linear import QuantizedLinear
 
 DEFAULT_SKIPS = ("conv1d", "dt_proj", "embeddings", "lm_head", "x_proj")
 # How the quantisation configs of transformers call the list of modules to leave alone.
@@ -28,12 +29,20 @@ def with_default_skips(quantization_config: Any) -> Any:
 
 
 def require_intact_weights(model: nn.Module) -> None:
-    """Refuse to save 4-bit weights that bitsandbytes 0.50 has rearranged for the CPU: its way back is wrong.
+    """Refuse to save weights that no checkpoint format has room for, or that would be written wrong.
+
+    Those are the packed ones of `mambalm.load(quantization=...)`, and 4-bit weights that bitsandbytes 0.50 has
+    rearranged for the CPU: its way back is wrong.
 
     Raises:
-        ValueError: a module has run on a CPU since it was loaded.
+        ValueError: the model holds such a weight; the message names it.
     """
     for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            raise ValueError(
+                f"{name} is packed in {module.bits} bits, which no checkpoint format has room for: save the model as "
+                "it was loaded without quantization, and quantise when loading it"
+            )
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(

@@ -38,7 +38,9 @@ class Packed:
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the packed values stand for, in ``dtype``."""
         if self.bits == 4:
-            values = ((self.values.unsqueeze(-2) >> _shifts()) & 15).sub_(8)  # (blocks, G / 2, ROWS, 4, 32)
+            values = ((self.values.unsqueeze(-2) >> _shifts(self.values.device)) & 15).sub_(
+                8
+            )  # (blocks, G / 2, ROWS, 4, 32)
             values = values.unflatten(-2, (2, 2)).flatten(-2)  # (..., 2, GROUP)
         else:
             values = self.values
@@ -55,10 +57,12 @@ def pack(values: Tensor, scales: Tensor, bits: int, out_features: int, in_featur
         return Packed(blocks.contiguous(), scales, bits, out_features, in_features)
     halves = blocks.unflatten(1, (-1, 2)).transpose(2, 3)  # (blocks, G / 2, ROWS, 2, GROUP)
     nibbles = halves.unflatten(-1, (2, _WORDS)).flatten(-3, -2).to(torch.int16) + 8  # (..., 4, 32)
-    words = (nibbles << _shifts()).sum(-2, dtype=torch.int16)  # the bits do not overlap, the highest is the sign
+    words = (nibbles << _shifts(values.device)).sum(
+        -2, dtype=torch.int16
+    )  # the bits do not overlap, the highest is the sign
     return Packed(words, scales.unflatten(1, (-1, 2)).transpose(2, 3).contiguous(), bits, out_features, in_features)
 
 
-def _shifts() -> Tensor:
+def _shifts(device: torch.device) -> Tensor:
     """Where the nibbles of a word lie, (4, 1)."""
-    return torch.arange(0, 16, 4, dtype=torch.int16)[:, None]
+    return torch.arange(0, 16, 4, dtype=torch.int16, device=device)[:, None]

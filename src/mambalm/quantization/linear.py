@@ -1,18 +1,19 @@
-"""A Linear whose weight is packed in 8 or 4 bits."""
+"""A Linear whose weight is packed in 8 or 4 bits. numba is imported by the first call that needs it."""
 
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambalm.ops.backends import is_plain
-from mambalm.ops.numba_team import JobList, Team
-from mambalm.quantization import products
 from mambalm.quantization.layout import Packed
-from mambalm.quantization.schemes import quantize
+
+if TYPE_CHECKING:
+    from mambalm.ops.numba_team import Team
 
 # Up to so many rows of x the packed weight is read once per row; beyond, unpacking it once is cheaper.
 _FEW = 4
@@ -20,6 +21,8 @@ _FEW = 4
 
 @functools.cache
 def _team() -> Team:
+    from mambalm.ops.numba_team import Team
+
     return Team()
 
 
@@ -51,6 +54,8 @@ class QuantizedLinear(nn.Module):
         Raises:
             ValueError: see ``quantize``.
         """
+        from mambalm.quantization.schemes import quantize
+
         return cls(quantize(linear.weight, bits), linear.bias)
 
     @property
@@ -67,6 +72,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in x's dtype."""
+        from mambalm.ops.numba_team import JobList
+        from mambalm.quantization import products
+
         plain = x.device.type == "cpu" and is_plain(x)
         rows = x.numel() // self.in_features
         if not plain or rows > _FEW or x.dtype == torch.float64:
