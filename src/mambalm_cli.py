@@ -6,6 +6,7 @@ not wait. A sub-command is the function of its file's name in `mambalm/cli/`.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -48,10 +49,17 @@ def options(
     ctx.obj = debug
 
 
+def _quieten() -> None:
+    """Silence what optional libraries log when transformers imports them, of extensions that nobody asked for."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _forward(name: str) -> Callable[[typer.Context], None]:
     """A command that imports the real one and hands its arguments on."""
 
     def run(ctx: typer.Context) -> None:
+        _quieten()
         try:
             real = typer.Typer(add_completion=False)
             real.command()(getattr(import_module(f"mambalm.cli.{name}"), name))
