@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mambalm.ops import triton_support
 from mambalm.ops.backends import Call
+from mambalm.ops.selective_scan.arguments import Arguments
 from mambalm.ops.triton_support import dense_channels, on
 
 # Steps between the states kept for the backward, which computes those between again: 4 / 16 * n bytes per element
@@ -56,31 +57,20 @@ class Problem:
     device: torch.device
 
     @staticmethod
-    def of(
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> "Problem":
-        """Shapes as in the interface, B and C with their group axis (b, l, g, n)."""
-        b, l, d = u.shape
-        along = {"u": u, "delta": delta, "B": B, "C": C, "z": z}
+    def of(given: Arguments) -> "Problem":
+        """The call as the kernels take it."""
+        (b, l, d), cu_seqlens = given.u.shape, given.cu_seqlens
+        along = {"u": given.u, "delta": given.delta, "B": given.B, "C": given.C, "z": given.z}
         along = {name: None if t is None else dense_channels(t) for name, t in along.items()}
-        whole = {"A": A, "D": D, "bias": delta_bias, "initial": initial_state, "cu_seqlens": cu_seqlens}
+        whole = {"A": given.A, "D": given.D, "bias": given.delta_bias}
+        whole |= {"initial": given.initial_state, "cu_seqlens": cu_seqlens}
         whole = {name: None if t is None else t.contiguous() for name, t in whole.items()}
         strides: dict[str, int] = {}
         for name, t in along.items():
             strides |= stride_arguments(name, t)
         rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        sizes = (b, l, d, A.shape[1], B.shape[2], rows)
-        return Problem(along | whole, strides, *sizes, delta_softplus, u.dtype, u.device)
+        sizes = (b, l, d, given.A.shape[1], given.B.shape[2], rows)
+        return Problem(along | whole, strides, *sizes, given.delta_softplus, given.u.dtype, given.u.device)
 
     def shares(self, chunks: int = 1) -> int:
         """Programs per block of channels in the backward, when rows are cut into ``chunks``."""

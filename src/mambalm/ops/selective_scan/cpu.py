@@ -10,6 +10,7 @@ from torch import Tensor
 from mambalm.ops.backends import Call
 from mambalm.ops.numba_support import document_offsets, floats, parallel, readable, rows, unsupported
 from mambalm.ops.selective_scan import _numba_kernels as kernels
+from mambalm.ops.selective_scan.arguments import Arguments
 
 
 def supports(call: Call) -> str | None:
@@ -26,31 +27,19 @@ def checkpoint_shape(call: Call) -> tuple[int, ...]:
 class _Inputs:
     """The arguments as a kernel reads them."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> None:
+    def __init__(self, given: Arguments) -> None:
+        u, A, B, C, z = given.u, given.A, given.B, given.C, given.z
         b, l, d = u.shape
         self.n, self.groups = A.shape[1], B.shape[2]
-        self.offsets = document_offsets(u, cu_seqlens)
+        self.offsets = document_offsets(u, given.cu_seqlens)
         self.documents = len(self.offsets) - 1
-        self.read = readable(u, delta, z)
+        self.read = readable(u, given.delta, z)
         none = torch.empty(0, 1, dtype=self.read)
-        self.activations = [rows(none if t is None else t.to(self.read)) for t in (u, delta, z)]
-        self.flags = (z is not None, delta_softplus)
-        self.parameters = (floats(A), floats(B), floats(C), floats(D, d), floats(delta_bias, d))
+        self.activations = [rows(none if t is None else t.to(self.read)) for t in (u, given.delta, z)]
+        self.flags = (z is not None, given.delta_softplus)
+        self.parameters = (floats(A), floats(B), floats(C), floats(given.D, d), floats(given.delta_bias, d))
         shape = (self.documents, d, self.n)
-        self.initial = np.zeros(shape, np.float32) if initial_state is None else floats(initial_state)
+        self.initial = np.zeros(shape, np.float32) if given.initial_state is None else floats(given.initial_state)
         self.blocks = -(-d // self.groups // kernels.BLOCK)  # of a group
         self.jobs = self.documents * self.groups * self.blocks
         self.work = b * l * d * self.n
@@ -63,8 +52,9 @@ class _Inputs:
 
 def forward(*arguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
     """y, the final state and, if ``save``, the states that the backward starts from; arguments as in the interface."""
-    inputs = _Inputs(*arguments)
-    u, A = arguments[0], arguments[2]
+    given = Arguments(*arguments)
+    inputs = _Inputs(given)
+    u, A = given.u, given.A
     y = torch.empty(u.shape, dtype=inputs.read)
     final_state = torch.empty(inputs.documents, *A.shape)
     slots = inputs.offsets[-1] // kernels.KEPT_EVERY + inputs.documents if save else 0
@@ -80,10 +70,11 @@ def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tenso
     Sums over channels are taken per block, then over the blocks; sums over documents per document, then over them:
     the order is fixed, so the result does not depend on the number of threads.
     """
-    *given, kept = arguments
-    inputs = _Inputs(*given)
-    u, _, A, B, _, D, z, delta_bias, _, initial_state, _ = given
-    (l, d), n, s = (u.shape[0] * u.shape[1], u.shape[2]), A.shape[1], inputs.documents
+    *tensors, kept = arguments
+    given = Arguments(*tensors)
+    inputs = _Inputs(given)
+    u, n, s = given.u, given.A.shape[1], inputs.documents
+    l, d = u.shape[0] * u.shape[1], u.shape[2]
     du, ddelta, dz = (torch.empty(u.shape, dtype=inputs.read) for _ in range(3))
     dB, dC = (torch.zeros(inputs.groups * inputs.blocks, l, n) for _ in range(2))
     dA, dinitial = torch.empty(s, d, n), torch.empty(s, d, n)
@@ -94,7 +85,7 @@ def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tenso
     parallel(kernels.backward, inputs.jobs, inputs.work, (*leading, *outputs))
 
     def over_blocks(t: Tensor) -> Tensor:
-        return t.view(inputs.groups, inputs.blocks, l, n).sum(1).transpose(0, 1).reshape(B.shape)
+        return t.view(inputs.groups, inputs.blocks, l, n).sum(1).transpose(0, 1).reshape(given.B.shape)
 
     return (
         du,
@@ -102,8 +93,8 @@ def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tenso
         dA.sum(0),
         over_blocks(dB),
         over_blocks(dC),
-        None if D is None else dD.sum(0),
-        None if z is None else dz,
-        None if delta_bias is None else dbias.sum(0),
-        None if initial_state is None else dinitial,
+        None if given.D is None else dD.sum(0),
+        None if given.z is None else dz,
+        None if given.delta_bias is None else dbias.sum(0),
+        None if given.initial_state is None else dinitial,
     )

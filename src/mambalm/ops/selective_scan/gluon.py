@@ -12,6 +12,7 @@ from mambalm.ops.selective_scan import _launch
 from mambalm.ops.selective_scan import triton as plain
 from mambalm.ops.selective_scan._gluon_kernels import scan_backward, scan_ends, scan_forward
 from mambalm.ops.selective_scan._launch import Problem, checkpoint_shape
+from mambalm.ops.selective_scan.arguments import Arguments
 from mambalm.ops.triton_support import dense_channels, on, processors
 
 __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
@@ -104,7 +105,7 @@ def _chunk_ends(problem: Problem, plan: Plan, dy: Tensor | None) -> dict[str, An
 
 def forward(*arguments, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     """y, the final state and the checkpoints (empty unless ``save``); arguments as in the interface."""
-    problem = Problem.of(*arguments)
+    problem = Problem.of(Arguments(*arguments))
     if problem.b * problem.l <= _SHORT * problem.rows:
         return plain.forward(*arguments, save=save)
     plan = _forward_plan(problem)
@@ -116,7 +117,7 @@ def forward(*arguments, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-un
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state."""
     *inputs, checkpoints = arguments
-    problem = Problem.of(*inputs)
+    problem = Problem.of(Arguments(*inputs))
     plan = _backward_plan(problem)
     dy = dense_channels(dy)
     ends = _chunk_ends(problem, plan, dy)

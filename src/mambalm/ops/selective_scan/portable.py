@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambalm.ops.backends import Call, accumulation_dtype
+from mambalm.ops.selective_scan.arguments import Arguments
 
 # Elements of a materialised segment, and of one step over all of its chunks: on a CPU a segment should stay in cache,
 # elsewhere a step should fill the device.
@@ -62,27 +63,19 @@ def _documents(cu_seqlens: Tensor, begin: int, end: int) -> _Documents:
 
 @dataclass
 class _Scan:
-    """The arguments in the segment layout, and what a segment needs of them."""
+    """The arguments, A and the initial state in the segment layout, and what a segment needs of them."""
 
-    u: Tensor
-    delta: Tensor
+    given: Arguments
     A: Tensor  # (g, n, e)
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
-    delta_softplus: bool
     initial: Tensor | None  # (b or s, g, n, e)
-    cu_seqlens: Tensor | None
     length: int
     chunks: int
 
     def segments(self) -> Iterator[tuple[int, int]]:
-        return ((i, min(i + self.length, self.u.shape[1])) for i in range(0, self.u.shape[1], self.length))
+        return ((i, min(i + self.length, self.given.u.shape[1])) for i in range(0, self.given.u.shape[1], self.length))
 
     def documents(self, begin: int, end: int) -> _Documents | None:
-        return None if self.cu_seqlens is None else _documents(self.cu_seqlens, begin, end)
+        return None if self.given.cu_seqlens is None else _documents(self.given.cu_seqlens, begin, end)
 
     def channels(self, t: Tensor, begin: int, end: int) -> Tensor:
         """A (b, l, d) argument's segment as (b, length, g, e)."""
@@ -94,10 +87,10 @@ class _Scan:
 
     def step_sizes(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Δ and its derivative by delta, (b, length, g, e)."""
-        delta = self.channels(self.delta, begin, end)
-        if self.delta_bias is not None:
-            delta = delta + self.delta_bias.to(delta.dtype).view(delta.shape[2:])
-        if not self.delta_softplus:
+        delta = self.channels(self.given.delta, begin, end)
+        if self.given.delta_bias is not None:
+            delta = delta + self.given.delta_bias.to(delta.dtype).view(delta.shape[2:])
+        if not self.given.delta_softplus:
             return delta, torch.ones_like(delta)
         return F.softplus(delta), torch.sigmoid(delta)
 
@@ -107,8 +100,8 @@ class _Scan:
         A document's first step decays its own initial state.
         """
         decay = torch.exp(step.unsqueeze(3) * self.A)
-        inflow = step * self.channels(self.u, begin, end)
-        h = self.matrix(self.B, begin, end).unsqueeze(4) * inflow.unsqueeze(3)
+        inflow = step * self.channels(self.given.u, begin, end)
+        h = self.matrix(self.given.B, begin, end).unsqueeze(4) * inflow.unsqueeze(3)
         documents = self.documents(begin, end)
         carried = decay
         if documents is not None and documents.starts.numel():
@@ -150,28 +143,15 @@ def scan_(x: Tensor, decay: Tensor, chunks: int, *, backwards: bool = False) -> 
         now.addcmul_(factor, before[:, last].unsqueeze(1))
 
 
-def _prepare(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> _Scan:
-    acc = accumulation_dtype(u.dtype)
-    g = B.shape[2]
+def _prepare(given: Arguments) -> _Scan:
+    acc = accumulation_dtype(given.u.dtype)
 
     def grouped(t: Tensor) -> Tensor:  # (..., d, n) -> (..., g, n, e)
-        return t.to(acc).unflatten(-2, (g, -1)).transpose(-1, -2).contiguous()
+        return t.to(acc).unflatten(-2, (given.B.shape[2], -1)).transpose(-1, -2).contiguous()
 
-    length, chunks = _segment_length(u.shape[0], A.shape[0], A.shape[1], u.device.type)
-    initial = None if initial_state is None else grouped(initial_state)
-    return _Scan(u, delta, grouped(A), B, C, D, z, delta_bias, delta_softplus, initial, cu_seqlens, length, chunks)
+    length, chunks = _segment_length(given.u.shape[0], given.A.shape[0], given.A.shape[1], given.u.device.type)
+    initial = None if given.initial_state is None else grouped(given.initial_state)
+    return _Scan(given, grouped(given.A), initial, length, chunks)
 
 
 def _ungrouped(t: Tensor) -> Tensor:
@@ -181,19 +161,19 @@ def _ungrouped(t: Tensor) -> Tensor:
 
 def _first_state(scan: _Scan) -> Tensor:
     """The state that enters the first segment: with packing every document brings its own."""
-    if scan.initial is not None and scan.cu_seqlens is None:
+    if scan.initial is not None and scan.given.cu_seqlens is None:
         return scan.initial
-    return scan.A.new_zeros(scan.u.shape[0], *scan.A.shape)
+    return scan.A.new_zeros(scan.given.u.shape[0], *scan.A.shape)
 
 
 def forward(*arguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
     """y, the final state and, if ``save``, the state at the start of each segment; arguments as in the interface."""
-    scan = _prepare(*arguments)
-    y = torch.empty_like(scan.u, memory_format=torch.contiguous_format)
+    scan = _prepare(Arguments(*arguments))
+    y = torch.empty_like(scan.given.u, memory_format=torch.contiguous_format)
     state, kept = _first_state(scan), []
     finals = None
-    if scan.cu_seqlens is not None:
-        rows = scan.cu_seqlens.shape[0] - 1
+    if scan.given.cu_seqlens is not None:
+        rows = scan.given.cu_seqlens.shape[0] - 1
         finals = scan.A.new_zeros(rows, *scan.A.shape) if scan.initial is None else scan.initial.clone()
     for begin, end in scan.segments():
         if save:
@@ -211,18 +191,18 @@ def forward(*arguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # type: i
 
 def _readout(scan: _Scan, h: Tensor, begin: int, end: int) -> Tensor:
     """C h + D u, (b, length, d)."""
-    y = (scan.matrix(scan.C, begin, end).unsqueeze(3) @ h).flatten(2)
-    return y if scan.D is None else y + scan.D.to(y.dtype) * scan.u[:, begin:end].to(y.dtype)
+    y = (scan.matrix(scan.given.C, begin, end).unsqueeze(3) @ h).flatten(2)
+    return y if scan.given.D is None else y + scan.given.D.to(y.dtype) * scan.given.u[:, begin:end].to(y.dtype)
 
 
 def _gated(scan: _Scan, y: Tensor, begin: int, end: int) -> Tensor:
-    return y if scan.z is None else y * F.silu(scan.z[:, begin:end].to(y.dtype))
+    return y if scan.given.z is None else y * F.silu(scan.given.z[:, begin:end].to(y.dtype))
 
 
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, segment by segment from the end."""
     *inputs, checkpoints = arguments
-    scan = _prepare(*inputs)
+    scan = _prepare(Arguments(*inputs))
     gradients = _Gradients(scan, dfinal_state)
     for index, (begin, end) in reversed(list(enumerate(scan.segments()))):
         gradients.segment(dy[:, begin:end].to(scan.A.dtype), begin, end, checkpoints[index])
@@ -238,26 +218,26 @@ class _Gradients:
         dfinal = None
         if dfinal_state is not None:
             dfinal = dfinal_state.to(scan.A.dtype).unflatten(-2, (g, e)).transpose(-1, -2)
-        packed = scan.cu_seqlens is not None
+        packed = scan.given.cu_seqlens is not None
         self.carry = torch.zeros_like(_first_state(scan)) if packed or dfinal is None else dfinal.clone()
         self.dfinal = dfinal if packed else None
         # An empty document hands its initial state on; the others overwrite their row.
         self.dinitial = None
         if packed and scan.initial is not None:
             self.dinitial = torch.zeros_like(scan.initial) if dfinal is None else dfinal.clone()
-        self.du, self.ddelta = (torch.empty_like(t, dtype=scan.A.dtype) for t in (scan.u, scan.delta))
-        self.dB, self.dC = (torch.empty_like(t, dtype=scan.A.dtype) for t in (scan.B, scan.C))
-        self.dz = None if scan.z is None else torch.empty_like(scan.z, dtype=scan.A.dtype)
+        self.du, self.ddelta = (torch.empty_like(t, dtype=scan.A.dtype) for t in (scan.given.u, scan.given.delta))
+        self.dB, self.dC = (torch.empty_like(t, dtype=scan.A.dtype) for t in (scan.given.B, scan.given.C))
+        self.dz = None if scan.given.z is None else torch.empty_like(scan.given.z, dtype=scan.A.dtype)
         self.dA = torch.zeros_like(scan.A)
-        self.dD = None if scan.D is None else torch.zeros_like(scan.D, dtype=scan.A.dtype)
+        self.dD = None if scan.given.D is None else torch.zeros_like(scan.given.D, dtype=scan.A.dtype)
 
     def segment(self, dy: Tensor, begin: int, end: int, state: Tensor) -> None:
         scan, here = self.scan, slice(begin, end)
-        u = scan.channels(scan.u, begin, end)
+        u = scan.channels(scan.given.u, begin, end)
         step, slope = scan.step_sizes(begin, end)
         decay, h, before = scan.states(step, begin, end, state)
-        if scan.z is not None and self.dz is not None:
-            z = scan.z[:, here].to(dy.dtype)
+        if scan.given.z is not None and self.dz is not None:
+            z = scan.given.z[:, here].to(dy.dtype)
             gate = torch.sigmoid(z)
             self.dz[:, here] = dy * _readout(scan, h, begin, end) * gate * (1 + z * (1 - gate))
             dy = dy * z * gate
@@ -265,20 +245,20 @@ class _Gradients:
         dh = self._state_gradient(dy_grouped, decay, begin, end)
         self.dC[:, here] = (h @ dy_grouped.unsqueeze(4)).squeeze(4)
         self.dB[:, here] = (dh @ (step * u).unsqueeze(4)).squeeze(4)
-        dinflow = (scan.matrix(scan.B, begin, end).unsqueeze(3) @ dh).squeeze(3)
+        dinflow = (scan.matrix(scan.given.B, begin, end).unsqueeze(3) @ dh).squeeze(3)
         dexponent = dh.mul_(decay).mul_(before)  # the gradient of Δ A
         self.dA += (dexponent * step.unsqueeze(3)).sum((0, 1))
         self.ddelta[:, here] = ((dinflow * u + (dexponent * scan.A).sum(3)) * slope).flatten(2)
         du = (dinflow * step).flatten(2)
-        if scan.D is not None and self.dD is not None:
-            du += dy * scan.D.to(dy.dtype)
+        if scan.given.D is not None and self.dD is not None:
+            du += dy * scan.given.D.to(dy.dtype)
             self.dD += (dy * u.flatten(2)).sum((0, 1))
         self.du[:, here] = du
 
     def _state_gradient(self, dy: Tensor, decay: Tensor, begin: int, end: int) -> Tensor:
         """The gradient of every state of the segment, (b, length, g, n, e)."""
         scan, documents = self.scan, self.scan.documents(begin, end)
-        dh = scan.matrix(scan.C, begin, end).unsqueeze(4) * dy.unsqueeze(3)
+        dh = scan.matrix(scan.given.C, begin, end).unsqueeze(4) * dy.unsqueeze(3)
         dh[:, -1] += self.carry
         if documents is not None and self.dfinal is not None:
             dh[0, documents.ends] += self.dfinal[documents.ended]
@@ -296,6 +276,6 @@ class _Gradients:
         dinitial = None
         if scan.initial is not None:
             dinitial = _ungrouped(self.carry if self.dinitial is None else self.dinitial)
-        dbias = None if scan.delta_bias is None else self.ddelta.sum((0, 1))
+        dbias = None if scan.given.delta_bias is None else self.ddelta.sum((0, 1))
         dA = _ungrouped(self.dA)
         return self.du, self.ddelta, dA, self.dB, self.dC, self.dD, self.dz, dbias, dinitial

@@ -7,6 +7,7 @@ from mambalm.ops.backends import Call
 from mambalm.ops.selective_scan import _launch
 from mambalm.ops.selective_scan._launch import CHECKPOINT_STEPS, Problem, checkpoint_shape
 from mambalm.ops.selective_scan._triton_kernels import scan_backward, scan_forward
+from mambalm.ops.selective_scan.arguments import Arguments
 
 __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
@@ -30,7 +31,7 @@ def _blocks(problem: Problem, cells: int) -> dict[str, int]:
 
 def forward(*arguments, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     """y, the final state and the checkpoints (empty unless ``save``); arguments as in the interface."""
-    problem = Problem.of(*arguments)
+    problem = Problem.of(Arguments(*arguments))
     ahead = 1 if problem.b * problem.l <= problem.rows else _AHEAD
     return _launch.launch_forward(scan_forward, problem, save, AHEAD=ahead, **_blocks(problem, _FORWARD_CELLS))
 
@@ -38,7 +39,7 @@ def forward(*arguments, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-un
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state."""
     *inputs, checkpoints = arguments
-    problem = Problem.of(*inputs)
+    problem = Problem.of(Arguments(*inputs))
     blocks = _blocks(problem, _BACKWARD_CELLS)
     programs = problem.blocks(blocks["BLOCK"]) * problem.shares()
     scratch = problem.empty(programs, CHECKPOINT_STEPS, blocks["BLOCK"], blocks["STATES"])
