@@ -44,6 +44,14 @@ def test_zero_and_an_outlier() -> None:
     assert relative_error(quantized(x), expected) < ROUNDED_X
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@torch.no_grad()
+def test_what_is_not_finite_does_not_get_lost(value: float) -> None:
+    x = torch.randn(1, 64)
+    x[0, 3] = value
+    assert QuantizedLinear.of(linear(8, 64), 8)(x).isnan().all()
+
+
 def test_gradients_flow_to_the_input() -> None:
     quantized = QuantizedLinear.of(linear(10, 64), 8)
     x = torch.randn(1, 64, requires_grad=True)

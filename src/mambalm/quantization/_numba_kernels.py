@@ -220,10 +220,11 @@ def prepare(chunk, a):  # type: ignore[no-untyped-def]
     """
     size, padded = a[1], a[3]
     x, rounded, factor = floats_at(a[0], size), shorts_at(a[2], padded), floats_at(a[4], 1)
-    largest = f32(0)
+    largest, poison = f32(0), f32(0)
     for i in range(size):
         largest = max(largest, abs(x[i]))
-    factor[0] = largest / _LARGEST
+        poison += x[i] * f32(0)  # NaN if one is not finite: integers would not tell
+    factor[0] = largest / _LARGEST + poison
     scale = _LARGEST / largest if largest > f32(0) else f32(0)
     for i in range(size):
         rounded[i] = np.int16(np.rint(x[i] * scale))
