@@ -265,7 +265,7 @@ def _report(console: Console, run: Run, tokenizer: PreTrainedTokenizerFast, spli
         "brings along are not; xz and gzip bring nothing.",
         highlight=False,
     )
-    figures = {name: round(result.bits_per_byte, 4) for name, result in results.items()}
+    figures = {name: result.bits_per_byte for name, result in results.items()}
     summary = {"bits_per_byte": figures, "bytes": measured.nbytes, "tokens": run.tokens, "seconds": run.seconds}
     with replacing(folder.path / "results.json") as file:
         file.write_text(json.dumps(summary, indent=1) + "\n")

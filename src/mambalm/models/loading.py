@@ -12,18 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import GenerationConfig
 
 from mambalm.models.common import MambalmForCausalLM
-from mambalm.models.falcon_mamba import FalconMambaForCausalLM
 from mambalm.models.formats import WRITABLE, Checkpoint, CheckpointError, detect, require_match, written_whole
 from mambalm.models.formats.checkpoint import COMPANIONS, EMBEDDINGS, HEAD, main_dtype
-from mambalm.models.hybrid import MambaHybridForCausalLM
-from mambalm.models.mamba import MambaForCausalLM
-from mambalm.models.mamba2 import Mamba2ForCausalLM
+from mambalm.models.registration import LANGUAGE_MODELS
 from mambalm.quantization.model import quantize_model, require_available
 
-FAMILIES: dict[type, type[MambalmForCausalLM]] = {
-    family.config_class: family
-    for family in (MambaForCausalLM, FalconMambaForCausalLM, Mamba2ForCausalLM, MambaHybridForCausalLM)
-}
+FAMILIES: dict[type, type[MambalmForCausalLM]] = {family.config_class: family for family in LANGUAGE_MODELS}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A repository may hold the same weights in several formats; the first of these that it has is downloaded.
 HUB_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "consolidated*.safetensors", "*.pt")

@@ -12,7 +12,7 @@ from mambalm.models.mamba import MambaForCausalLM, MambaModel
 from mambalm.models.mamba2 import Mamba2ForCausalLM, Mamba2Model
 
 _BACKBONES = (MambaModel, FalconMambaModel, Mamba2Model, MambaHybridModel)
-_LANGUAGE_MODELS = (MambaForCausalLM, FalconMambaForCausalLM, Mamba2ForCausalLM, MambaHybridForCausalLM)
+LANGUAGE_MODELS = (MambaForCausalLM, FalconMambaForCausalLM, Mamba2ForCausalLM, MambaHybridForCausalLM)
 
 
 def register() -> None:
@@ -24,7 +24,7 @@ def register() -> None:
         RuntimeError: this version of transformers does not take the registration.
     """
     AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
-    for auto, models in ((AutoModel, _BACKBONES), (AutoModelForCausalLM, _LANGUAGE_MODELS)):
+    for auto, models in ((AutoModel, _BACKBONES), (AutoModelForCausalLM, LANGUAGE_MODELS)):
         for model in models:
             _register(auto, model)
 

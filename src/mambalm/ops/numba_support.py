@@ -171,7 +171,7 @@ def rows(tensor: Tensor) -> tuple[np.ndarray, int]:
     """
     width = tensor.shape[-1]
     if tensor.numel() == 0:
-        return bits(tensor.reshape(-1)), width
+        return memory(tensor.reshape(-1)), width
     if tensor.stride(-1) != 1 and width > 1:
         tensor = tensor.contiguous()
     try:
@@ -179,10 +179,10 @@ def rows(tensor: Tensor) -> tuple[np.ndarray, int]:
     except RuntimeError:
         flat = tensor.contiguous().view(-1, width)
     distance = flat.stride(0) if flat.shape[0] > 1 else width
-    return bits(flat.as_strided(((flat.shape[0] - 1) * distance + width,), (1,))), distance
+    return memory(flat.as_strided(((flat.shape[0] - 1) * distance + width,), (1,))), distance
 
 
-def bits(tensor: Tensor) -> np.ndarray:
+def memory(tensor: Tensor) -> np.ndarray:
     """A tensor's memory as numpy: bfloat16 as uint16."""
     tensor = tensor.detach()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

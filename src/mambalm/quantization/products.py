@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mambalm.ops.numba_support import bits, parallel
+from mambalm.ops.numba_support import memory, parallel
 from mambalm.ops.numba_team import Job, make
 from mambalm.quantization import _numba_kernels as kernels
 from mambalm.quantization.layout import GROUP, MULTIPLE, ROWS, Packed
@@ -57,7 +57,7 @@ def unpack(weight: Packed, dtype: torch.dtype) -> Tensor:
     blocks, turns = weight.values.shape[:2]
     out = torch.empty(blocks * ROWS, turns * MULTIPLE[weight.bits], dtype=dtype)
     function = kernels.unpack4 if weight.bits == 4 else kernels.unpack8
-    parallel(function, blocks, out.numel(), (weight.values.numpy(), bits(weight.scales), bits(out)))
+    parallel(function, blocks, out.numel(), (weight.values.numpy(), memory(weight.scales), memory(out)))
     return out[: weight.out_features, : weight.in_features]
 
 

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambalm.ops.numba_support import bits as memory
-from mambalm.ops.numba_support import parallel
+from mambalm.ops.numba_support import memory, parallel
 from mambalm.quantization import _numba_kernels as kernels
 from mambalm.quantization.layout import GROUP, MULTIPLE, ROWS, Packed, pack
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mambalm.models.formats.io import flush
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,24 +25,13 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.incomplete")
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     # torch's writer reports a full disk as a RuntimeError.
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}; an older version of it is intact") from error
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -58,7 +49,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
             model.save_pretrained(incomplete)
         tokenizer.save_pretrained(incomplete)
         for file in incomplete.iterdir():
-            _flush(file)
+            flush(file)
         if not folder.exists():
             os.rename(incomplete, folder)
             return
