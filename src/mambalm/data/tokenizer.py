@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -56,3 +57,16 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -
     backend.encode_special_tokens = before
     begin = [tokenizer.bos_token_id]
     return np.concatenate([np.array(begin + encoding.ids, dtype=np.int64) for encoding in encodings])
+
+
+# Spaces, digits, capitals, letters of several scripts: what tokenizers treat differently.
+_PROBE = (
+    "The quick  brown fox\n\tjumps over 1,234.5 lazy dogs; naïve Ünïcode ½ 日本語 العربية 🐍 def f(x): return x**2\r\n"
+)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary and of what the tokenizer makes of a text, the same in every version of transformers."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    probe = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    return hashlib.sha256(repr((words, list(probe))).encode("utf-8", "surrogatepass")).hexdigest()[:16]
