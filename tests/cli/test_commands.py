@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,53 @@ def test_generate_continues_several_prompts_as_each_alone(tiny_checkpoint: Path)
     alone = call("generate", tiny_checkpoint, "def sort(", *options).stdout
     both = call("generate", tiny_checkpoint, "def sort(", "fox", *options).stdout
     assert both.startswith(f"--- 1\n{alone}--- 2\n")
+
+
+def test_generate_writes_copies_that_differ_by_their_seeds(tiny_checkpoint: Path) -> None:
+    options = ("--max-new-tokens", "6", "--temperature", "1.5", "--device", "cpu")
+    alone = [call("generate", tiny_checkpoint, "fox", "--seed", seed, *options).stdout for seed in ("4", "5")]
+    both = call("generate", tiny_checkpoint, "fox", "--seed", "4", "--copies", "2", *options).stdout
+    assert both == f"--- 1\n{alone[0]}--- 2\n{alone[1]}"
+
+
+def test_generate_by_beams(
+    tiny_checkpoint: Path, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options = ("--max-new-tokens", "6", "--device", "cpu", "--beams", "3")
+    ids = tiny_tokenizer("def sort(", return_tensors="pt")["input_ids"]
+    expected = tiny_model.generate(ids, max_new_tokens=6, num_beams=3, num_return_sequences=2, do_sample=False)
+    texts = tiny_tokenizer.batch_decode(expected[:, ids.shape[1] :], skip_special_tokens=True)
+    assert call("generate", tiny_checkpoint, "def sort(", *options).stdout == texts[0] + "\n"
+    both = call("generate", tiny_checkpoint, "def sort(", "--copies", "2", *options).stdout
+    assert all(text in both for text in texts)
+
+
+def test_generate_with_logprobs_writes_a_line_of_json_per_token(tiny_checkpoint: Path) -> None:
+    options = ("--max-new-tokens", "5", "--device", "cpu")
+    lines = call("generate", tiny_checkpoint, "def sort(", "--logprobs", "2", *options).stdout.splitlines()
+    tokens = [json.loads(line) for line in lines]
+    assert len(tokens) == 5
+    for token in tokens:
+        assert token["likeliest"][0]["logprob"] == token["logprob"] < 0
+        assert len(token["likeliest"]) == 2
+    plain = call("generate", tiny_checkpoint, "def sort(", *options).stdout
+    assert plain.startswith("".join(token["text"] for token in tokens))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--beams", "2", "--temperature", "1"), "--beams goes with none of"),
+        (("--beams", "2", "--copies", "3"), "--copies asks for 3"),
+        (("--logprobs", "1", "--state", "x"), "--logprobs does not go with --state"),
+    ],
+)
+def test_generate_refuses_options_that_do_not_go_together(
+    tiny_checkpoint: Path, options: tuple[str, ...], message: str
+) -> None:
+    result = call("generate", tiny_checkpoint, "fox", "--device", "cpu", *options)
+    assert result.exit_code != 0
+    assert message in result.stderr
 
 
 def test_generate_stops_at_a_string(tiny_checkpoint: Path) -> None:

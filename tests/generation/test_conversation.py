@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mambalm.generation import Sampling, Settings
 from mambalm.generation.conversation import Conversation
+from mambalm.generation.sampling import Choice, Chooser
 from mambalm.generation.session import Session
 from mambalm.generation.state_file import StateFileError
 from tests.helpers import FLOAT32, relative_error
@@ -109,7 +110,7 @@ def test_the_fallback_ends_where_the_message_ends(
 ) -> None:
     tokenizer = with_template(tiny_tokenizer, None)
     script = iter(tokenizer("fine<|im_end|>more")["input_ids"])
-    monkeypatch.setattr("mambalm.generation.session.choose", lambda *_: torch.tensor([next(script)]))
+    monkeypatch.setattr(Chooser, "__call__", lambda *_: Choice(torch.tensor([next(script)])))
     session = Session(tiny_model, tokenizer)
     conversation = Conversation(session)
     conversation.ask("how are you?")

@@ -6,8 +6,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mambalm.generation import Sampling, Settings, decode, end_tokens, read, step
+from mambalm.generation import Engine, Sampling, Settings, decode, end_tokens, read, step
+from mambalm.generation.reading import chosen_chunk_size
 from tests.helpers import FLOAT32, relative_error
+from tests.models.tiny import FAMILIES
+from tests.models.tiny import tokens as random_tokens
 
 PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 13], [7], [11, 3, 8, 2, 250, 17, 33, 4, 99])]
 
@@ -52,6 +55,60 @@ def test_activation_memory_is_that_of_a_chunk(tiny_model: PreTrainedModel) -> No
     assert lengths == [16] * 6 + [4]
 
 
+def test_chunks_end_at_multiples_of_the_absolute_position(tiny_model: PreTrainedModel) -> None:
+    lengths = []
+    handle = tiny_model.backbone.register_forward_pre_hook(
+        lambda module, arguments, options: lengths.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    text = torch.arange(60)
+    whole, expected = read(tiny_model, [text], chunk_size=16)
+    _, state = read(tiny_model, [text[:32]], chunk_size=16)
+    resumed, found = read(tiny_model, [text[32:]], state, chunk_size=16)
+    assert lengths == [16, 16, 16, 12] * 2
+    assert torch.equal(resumed, whole)
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert torch.equal(one.ssm, other.ssm)
+    lengths.clear()
+    _, state = read(tiny_model, [text[:5], text[:18]], chunk_size=16)
+    read(tiny_model, [text[5:], text[18:20]], state, chunk_size=16)
+    assert lengths == [16, 2, 11, 16, 16, 12]
+    handle.remove()
+
+
+def test_rows_too_long_for_one_batch_are_read_in_turn(tiny_model: PreTrainedModel) -> None:
+    shapes = []
+    handle = tiny_model.backbone.register_forward_pre_hook(
+        lambda module, arguments, options: shapes.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = [torch.arange(length) % 300 for length in (5000, 3000, 4000, 10)]
+    logits, state = read(tiny_model, prompts, chunk_size=8192)
+    handle.remove()
+    assert shapes == [(2, 5000), (2, 4000)]
+    assert state.position.tolist() == [5000, 3000, 4000, 10]
+    assert relative_error(logits[3], read(tiny_model, prompts[3:])[0][0]) <= FLOAT32
+
+
+def test_the_chunk_is_chosen_by_model_and_device(tiny_model: PreTrainedModel) -> None:
+    assert chosen_chunk_size(tiny_model) == 2048
+    with torch.device("meta"):
+        model = FAMILIES["falcon_mamba"].ours(
+            FAMILIES["falcon_mamba"].config(hidden_size=4096, intermediate_size=8192, num_hidden_layers=1)
+        )
+    assert chosen_chunk_size(model.bfloat16()) == 4096
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_of_every_family_are_those_of_generate(family: str) -> None:
+    model = FAMILIES[family].model()
+    prompts = [random_tokens(length, seed=length) for length in (3, 1, 9)]
+    rows: list[list[int]] = [[] for _ in prompts]
+    for token in Engine(model).generate(prompts, Settings(max_new_tokens=10)):
+        rows[token.row].append(token.id)
+    for prompt, row in zip(prompts, rows, strict=True):
+        expected = model.generate(prompt[None], max_new_tokens=10, do_sample=False)
+        assert row == expected[0, len(prompt) :].tolist()
+
+
 def test_greedy_tokens_are_those_of_generate(tiny_model: PreTrainedModel) -> None:
     settings = Settings(max_new_tokens=12, end_tokens=end_tokens(tiny_model))
     for prompt, tokens in zip(PROMPTS, continuations(tiny_model, PROMPTS, settings), strict=True):
@@ -92,6 +149,65 @@ def test_a_seed_repeats_and_a_row_is_the_same_alone(tiny_model: PreTrainedModel)
     assert continuations(tiny_model, PROMPTS, unseeded) != continuations(tiny_model, PROMPTS, unseeded)
 
 
+def test_copies_are_rows_of_their_own_that_read_the_prompt_once(tiny_model: PreTrainedModel) -> None:
+    counts = []
+    handle = tiny_model.backbone.register_forward_pre_hook(
+        lambda module, arguments, options: counts.append(options["cache_params"].batch_size), with_kwargs=True
+    )
+    settings = Settings(sampling=Sampling(temperature=2.0), max_new_tokens=8, seed=3, copies=2)
+    rows: list[list[int]] = [[] for _ in range(6)]
+    for token in Engine(tiny_model).generate(PROMPTS, settings):
+        rows[token.row].append(token.id)
+    handle.remove()
+    assert counts[0] == 3
+    assert set(counts[1:]) == {6}
+    for row, tokens_of_row in enumerate(rows):
+        alone = Settings(sampling=Sampling(temperature=2.0), max_new_tokens=8, seed=3 + row)
+        assert continuations(tiny_model, [PROMPTS[row // 2]], alone) == [tokens_of_row]
+
+
+def test_seeds_per_row(tiny_model: PreTrainedModel) -> None:
+    sampling = Sampling(temperature=2.0)
+    rows = continuations(tiny_model, PROMPTS[:2], Settings(sampling=sampling, max_new_tokens=9, seed=[8, 3]))
+    assert rows[:1] == continuations(tiny_model, PROMPTS[:1], Settings(sampling=sampling, max_new_tokens=9, seed=8))
+    assert rows[1:] == continuations(tiny_model, PROMPTS[1:2], Settings(sampling=sampling, max_new_tokens=9, seed=3))
+    with pytest.raises(ValueError, match="2 seeds for 3 rows"):
+        continuations(tiny_model, PROMPTS, Settings(seed=[1, 2]))
+
+
+def test_logprobs_are_those_of_the_tokens_in_their_context(tiny_model: PreTrainedModel) -> None:
+    settings = Settings(sampling=Sampling(temperature=1.5), max_new_tokens=5, seed=1, logprobs=3)
+    found = list(Engine(tiny_model).generate(PROMPTS[:1], settings))
+    ids = torch.cat([PROMPTS[0], torch.tensor([token.id for token in found])])
+    with torch.no_grad():
+        logprobs = tiny_model(ids[None]).logits[0].log_softmax(-1)
+    for place, token in enumerate(found, len(PROMPTS[0]) - 1):
+        assert token.logprob == pytest.approx(float(logprobs[place, token.id]), abs=1e-4)
+        assert [pair[0] for pair in token.likeliest] == logprobs[place].topk(3).indices.tolist()
+        assert token.likeliest[0][1] == pytest.approx(float(logprobs[place].max()), abs=1e-4)
+
+
+def test_going_on_behind_a_state(tiny_model: PreTrainedModel) -> None:
+    settings = Settings(max_new_tokens=7)
+    _, state = read(tiny_model, [PROMPTS[2][:4]])
+    found = [token.id for token in Engine(tiny_model).generate([PROMPTS[2][4:]], settings, state=state)]
+    assert [found] == continuations(tiny_model, PROMPTS[2:], settings)
+
+
+def test_a_reader_steps_as_the_model_does(tiny_model: PreTrainedModel) -> None:
+    _, state = read(tiny_model, PROMPTS)
+    reader = Engine(tiny_model).reader(state)
+    ids = torch.tensor([4, 5, 6])
+    expected, after = step(tiny_model, ids, state)
+    assert relative_error(reader(ids), expected) <= FLOAT32
+    assert torch.equal(reader.state().position, after.position)
+
+
+def test_how_it_runs_is_said(tiny_model: PreTrainedModel) -> None:
+    assert Engine(tiny_model).explain() == "the CPU step, batches eagerly"
+    assert Engine(FAMILIES["hybrid"].model()).explain().startswith("eager (a layer is more than")
+
+
 def test_a_high_repetition_penalty_repeats_nothing(tiny_model: PreTrainedModel) -> None:
     settings = Settings(sampling=Sampling(repetition_penalty=1e6), max_new_tokens=20)
     for prompt, tokens in zip(PROMPTS, continuations(tiny_model, PROMPTS, settings), strict=True):
@@ -111,7 +227,7 @@ def test_a_wrong_prompt_is_named(tiny_model: PreTrainedModel, prompts: list[torc
         read(tiny_model, prompts)
 
 
-@pytest.mark.parametrize("wrong", ["max_new_tokens", "chunk_size"])
+@pytest.mark.parametrize("wrong", ["max_new_tokens", "chunk_size", "copies"])
 def test_a_size_below_one_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=f"{wrong} is 0; it must be at least 1"):
         Settings(**{wrong: 0})

@@ -14,7 +14,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mambalm.generation.sampling import Sampling, choose, keep_min_p, keep_top_k, keep_top_p, penalize_repetition
+from mambalm.generation.sampling import (
+    Chooser,
+    Sampling,
+    keep_likeliest,
+    keep_min_p,
+    keys,
+    penalize_counts,
+    penalize_repetition,
+    race_times,
+)
 
 PROBABILITIES = torch.tensor([[0.1, 0.5, 0.15, 0.25]])
 
@@ -23,27 +32,28 @@ def kept(logits: Tensor) -> list[int]:
     return (logits[0] > -torch.inf).nonzero().flatten().tolist()
 
 
-def generators(count: int, seed: int = 0) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed + row) for row in range(count)]
+def chooser(logits: Tensor, sampling: Sampling, seed: int = 0, logprobs: int | None = None) -> Chooser:
+    seeds = [seed + row for row in range(len(logits))]
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    return Chooser.of([sampling] * len(logits), seeds, seen, device=logits.device, logprobs=logprobs)
 
 
 def draw(logits: Tensor, sampling: Sampling, seed: int = 0) -> list[int]:
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    return choose(logits, sampling, seen, generators(len(logits), seed)).tolist()
+    return chooser(logits, sampling, seed)(logits).tokens.tolist()
 
 
 @pytest.mark.parametrize(
     ("k", "expected"), [(0, [0, 1, 2, 3]), (1, [1]), (2, [1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
 )
 def test_top_k(k: int, expected: list[int]) -> None:
-    assert kept(keep_top_k(PROBABILITIES.log(), k)) == expected
+    assert kept(keep_likeliest(PROBABILITIES.log(), k=k)) == expected
 
 
 @pytest.mark.parametrize(
     ("p", "expected"), [(0.01, [1]), (0.49, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
 )
 def test_top_p(p: float, expected: list[int]) -> None:
-    assert kept(keep_top_p(PROBABILITIES.log(), p)) == expected
+    assert kept(keep_likeliest(PROBABILITIES.log(), p=p)) == expected
 
 
 @pytest.mark.parametrize(
@@ -69,8 +79,10 @@ def test_filters_keep_what_those_of_transformers_keep(seed: int, k: int, p: floa
     logits = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(seed))
     ids = torch.randint(vocabulary, (3, 4), generator=torch.Generator().manual_seed(seed))
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, True)
-    assert torch.equal(keep_top_k(logits, k), TopKLogitsWarper(k)(ids, logits))
-    assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(ids, logits))
+    assert torch.equal(keep_likeliest(logits, k=k), TopKLogitsWarper(k)(ids, logits))
+    assert torch.equal(keep_likeliest(logits, p=p), TopPLogitsWarper(p)(ids, logits))
+    both = TopPLogitsWarper(p)(ids, TopKLogitsWarper(k)(ids, logits))
+    assert torch.equal(keep_likeliest(logits, k, p), both)
     assert torch.equal(keep_min_p(logits, p), MinPLogitsWarper(p)(ids, logits))
     expected = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
     assert torch.allclose(penalize_repetition(logits, seen, 1.3), expected)
@@ -90,10 +102,74 @@ def test_draws_follow_the_probabilities() -> None:
 def test_a_row_draws_the_same_whoever_is_beside_it() -> None:
     logits = torch.randn(4, 50)
     sampling = Sampling(temperature=1.5)
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    together = choose(logits, sampling, seen, generators(4)).tolist()
-    alone = [choose(logits[i : i + 1], sampling, seen[:1], [generators(4)[i]]).item() for i in range(4)]
-    assert together == alone
+    alone = [draw(logits[i : i + 1], sampling, seed=i)[0] for i in range(4)]
+    assert draw(logits, sampling) == alone
+
+
+def test_rows_of_one_batch_sample_in_their_own_ways() -> None:
+    logits = torch.randn(4, 50)
+    ways = [Sampling(), Sampling(temperature=2.0), Sampling(temperature=2.0, top_k=3), Sampling(repetition_penalty=9.0)]
+    seen = logits > 0
+    together = Chooser.of(ways, range(4), seen, device=logits.device)
+    for _ in range(5):
+        chosen = together(logits).tokens
+    for row, way in enumerate(ways):
+        alone = Chooser.of([way], [row], seen[row : row + 1], device=logits.device)
+        for _ in range(5):
+            one = alone(logits[row : row + 1]).tokens
+        assert one == chosen[row]
+
+
+def test_steps_and_seeds_draw_anew() -> None:
+    logits = torch.zeros(1, 1000)
+    sampler = chooser(logits, Sampling(temperature=1))
+    drawn = [sampler(logits).tokens.item() for _ in range(20)]
+    others = [draw(logits, Sampling(temperature=1), seed)[0] for seed in range(1, 21)]
+    assert len({*drawn}) > 15
+    assert len({*others}) > 15
+    assert drawn != others
+
+
+def test_race_times_are_exponential_and_independent_of_the_vocabulary() -> None:
+    times = race_times(keys([3]), torch.tensor([2]), 200_000)[0]
+    ordered = times.sort().values.double()
+    exact = 1 - torch.exp(-ordered)
+    empirical = torch.arange(1, len(ordered) + 1) / len(ordered)
+    # Kolmogorov-Smirnov: 1.95 / sqrt(n) is passed once in a thousand draws.
+    assert (exact - empirical).abs().max() < 1.95 / len(ordered) ** 0.5
+    assert abs(torch.corrcoef(torch.stack([times[1:], times[:-1]]))[0, 1]) < 0.01
+    assert torch.equal(times[:100], race_times(keys([3]), torch.tensor([2]), 100)[0])
+    assert (times > 0).all()
+
+
+def test_keys_are_those_of_splitmix64() -> None:
+    # The first output of the published generator for seeds 0 and 1234567.
+    assert [key % 2**64 for key in keys([0, 1234567]).tolist()] == [0xE220A8397B1DCDAF, 6457827717110365317]
+
+
+def test_penalties_of_what_was_written() -> None:
+    logits, written = torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[3, 1, 0]])
+    assert penalize_counts(logits, written, 0.5, 0.25).tolist() == [[0.75, -2.75, 1.0]]
+
+
+def test_a_chooser_counts_what_it_chose() -> None:
+    logits = torch.tensor([[1.0, 0.5, 0.0]])
+    sampler = chooser(logits, Sampling(presence_penalty=0.4, frequency_penalty=0.3))
+    # 1.0 .5 0 | .3 .5 0 | .3 -.2 0 | 0 (twice) -.2 0: a tie goes to the first
+    assert [sampler(logits).tokens.item() for _ in range(4)] == [0, 1, 0, 0]
+    assert sampler.written is not None
+    assert sampler.written.tolist() == [[3, 1, 0]]
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    logits = torch.randn(2, 6)
+    choice = chooser(logits, Sampling(temperature=3.0, repetition_penalty=5.0), logprobs=2)(logits)
+    exact = logits.double().log_softmax(-1)
+    assert choice.logprobs is not None
+    assert choice.likeliest is not None
+    expected = torch.cat([exact.gather(1, choice.tokens[:, None]), exact.topk(2).values], 1)
+    assert torch.allclose(choice.logprobs.double(), expected, atol=1e-6)
+    assert torch.equal(choice.likeliest, exact.topk(2).indices)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,24 @@
 """Generation: prompts of any length in constant memory, sampling, text as it arrives."""
 
+from mambalm.generation.beams import Beam, beam_search
 from mambalm.generation.conversation import Conversation
-from mambalm.generation.engine import Settings, decode, end_tokens, read, step
+from mambalm.generation.engine import Engine, Settings, Token, decode, end_tokens, read, step
 from mambalm.generation.prefix_store import PrefixStore
 from mambalm.generation.sampling import Sampling
 from mambalm.generation.session import Session
 from mambalm.generation.text import TextStream, generate
 
 __all__ = [
+    "Beam",
     "Conversation",
+    "Engine",
     "PrefixStore",
     "Sampling",
     "Session",
     "Settings",
     "TextStream",
+    "Token",
+    "beam_search",
     "decode",
     "end_tokens",
     "generate",

@@ -36,7 +36,7 @@ def refusal(model: MambalmForCausalLM) -> str | None:
         return f"the model is on {model.device.type}"
     if model.dtype not in (torch.float32, *_HALF):
         return f"the model is {model.dtype}"
-    if any(map(_hooked, (model, model.backbone, model.backbone.norm_f))):
+    if any(map(hooked, (model, model.backbone, model.backbone.norm_f))):
         return "a module has hooks"
     blocks: Any = model.backbone.layers
     return next((reason for block in blocks if (reason := _block_refusal(block)) is not None), None)
@@ -49,7 +49,7 @@ def _block_refusal(block: Any) -> str | None:
         return f"a layer is more than a norm and a Mamba or Mamba-2 layer: {kind.__name__}"
     if mixer.backend not in (None, "cpu") or (kind is Mamba2 and mixer.d_ssm != mixer.d_inner):
         return "a layer asks for another backend, or has an MLP inside"
-    if any(map(_hooked, (block, mixer, mixer.conv1d, block.norm))):
+    if any(map(hooked, (block, mixer, mixer.conv1d, block.norm))):
         return "a module has hooks"
     return None
 
@@ -90,6 +90,9 @@ class CPUStep:
         self._position += 1
         return self._logits[None]
 
+    def reorder(self, rows: Tensor) -> None:
+        """Nothing: there is one row."""
+
     def state(self) -> State:
         """A copy of what was read, as the model takes it."""
         return State(tuple(layer.state() for layer in self._layers), self._position.clone())
@@ -123,11 +126,9 @@ class _Plan:
         """y (out) = module(x), or added to y."""
         from mambalm.quantization import products
 
-        if type(module) is QuantizedLinear and not _hooked(module):
+        if type(module) is QuantizedLinear and not hooked(module):
             self.add(*products.packed(module.packed, module.bias, x, y, added=added))
-        elif (
-            type(module) in (nn.Linear, StepProjection) and not _hooked(module) and not products.refuses(module.weight)
-        ):
+        elif type(module) in (nn.Linear, StepProjection) and not hooked(module) and not products.refuses(module.weight):
             # The step projection leaves this to the scan.
             bias = None if getattr(module, "scan_bias", None) is not None else module.bias
             self.add(*products.plain(module.weight, bias, x, y, added=added))
@@ -245,6 +246,7 @@ def _vector(parameter: Tensor) -> Tensor:
     return parameter.detach().float().contiguous()
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether something beside the module's own forward runs when it is called."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     return any(hooks) or "forward" in vars(module) or hasattr(module, "parametrizations")

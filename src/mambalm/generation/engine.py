@@ -1,23 +1,33 @@
 """Prompts in, tokens out: the prompt is read in chunks that hand the state on, then each token is a chunk of length 1.
 
-The activation memory is that of one chunk, whatever the length of the prompt.
+On a GPU a step and the choice of its token are one captured graph per size of batch; the host reads a token while the
+device is at the next. Rows leave where they stop, and the rest moves to a smaller graph.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mambalm.generation.cpu_step import CPUStep, refusal
-from mambalm.generation.sampling import Sampling, choose
+from mambalm.generation import cpu_step, gpu_step
+from mambalm.generation.reading import read, step
+from mambalm.generation.sampling import Choice, Chooser, Plan, Sampling
+from mambalm.generation.steps import Captured, EagerReader, Reader, not_captured
 from mambalm.layers.state import State
 
 if TYPE_CHECKING:
     from mambalm.models.common import MambalmForCausalLM
+    from mambalm.ops.triton_steps import Weights
+
+__all__ = ["Engine", "Settings", "Token", "decode", "end_tokens", "read", "step"]
+
+# Batches are filled up to one of these sizes, so that there are few graphs, or to a multiple of the last.
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,23 +38,59 @@ class Settings:
         sampling: how each token is chosen.
         max_new_tokens: tokens per row at most.
         end_tokens: token ids that end a row.
-        seed: row i draws from a generator seeded with `seed + i`; None takes a fresh seed.
-        chunk_size: tokens of each prompt that are read at once.
+        seed: row i draws by `seed + i`, or by `seed[i]`; None takes a fresh seed.
+        chunk_size: tokens of each prompt that are read at once; None: `reading.chosen_chunk_size`.
+        copies: continuations per prompt, which is read once: row i continues prompt i // copies.
+        logprobs: report each token's log-probability and those of so many likeliest tokens; None: neither.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or a negative number of log-probabilities.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 256
     end_tokens: frozenset[int] = frozenset()
-    seed: int | None = None
-    chunk_size: int = 2048
+    seed: int | Sequence[int] | None = None
+    chunk_size: int | None = None
+    copies: int = 1
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_new_tokens", "chunk_size", "copies"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs is {self.logprobs}; it must be at least 0, or None for no report")
+
+    def seeds(self, rows: int) -> list[int]:
+        """A seed per row.
+
+        Raises:
+            ValueError: there are seeds for another number of rows.
+        """
+        if isinstance(self.seed, Sequence):
+            if len(self.seed) != rows:
+                raise ValueError(f"there are {len(self.seed)} seeds for {rows} rows: give one each, or one number")
+            return list(self.seed)
+        first = torch.seed() if self.seed is None else self.seed
+        return [first + row for row in range(rows)]
+
+
+class Token(NamedTuple):
+    """A new token of a row.
+
+    Attributes:
+        row: of the batch.
+        id: the token.
+        logprob: by the model's own logits; None unless asked for.
+        likeliest: (id, log-probability) of the likeliest tokens, the first first.
+    """
+
+    row: int
+    id: int
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 def end_tokens(model: MambalmForCausalLM) -> frozenset[int]:
@@ -56,49 +102,110 @@ def end_tokens(model: MambalmForCausalLM) -> frozenset[int]:
     return frozenset()
 
 
-@torch.no_grad()
-def read(
-    model: MambalmForCausalLM, prompts: Sequence[Tensor], state: State | None = None, *, chunk_size: int = 2048
-) -> tuple[Tensor, State]:
-    """Read a batch of prompts.
+class Engine:
+    """Generates with one model, and keeps the graphs that it captured for it.
 
-    Args:
-        model: a causal language model of mambalm.
-        prompts: the token ids of each row, (l_i) with l_i at least 1, on any device.
-        state: what each row has read before; None for nothing.
-        chunk_size: tokens of each row that are read at once.
-
-    Returns:
-        The logits (b, v) after each row's last token, and the state there.
-
-    Raises:
-        ValueError: a prompt is empty, or a token id is outside of the model's vocabulary.
+    The weights are read where they are: they may be changed in place but not replaced, and adapters not be exchanged,
+    while the engine is in use.
     """
-    _check_prompts(model, prompts)
-    state = model.init_state(len(prompts)) if state is None else state
-    logits = None
-    for start in range(0, max(map(len, prompts)), chunk_size):
-        ids, mask = _pad_left([prompt[start : start + chunk_size] for prompt in prompts], model.device)
-        output = model(
-            ids,
-            attention_mask=None if bool(mask.all()) else mask,
-            cache_params=state,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        state = output.cache_params
-        last = output.logits[:, -1]
-        # Rows that ended in an earlier chunk keep the logits that they had there.
-        logits = last if logits is None else torch.where(mask[:, -1:], last, logits)
-    assert logits is not None, "every prompt has a token"
-    return logits, state
 
+    def __init__(self, model: MambalmForCausalLM) -> None:
+        self.model = model
+        self._eager_because = not_captured(model)
+        self._generic_because = self._eager_because or gpu_step.refusal(model)
+        self._blocks: list[Weights] | None = None
+        self._idle: dict[tuple[int, Plan | None], list[Captured]] = defaultdict(list)
+        self._pool = torch.cuda.graph_pool_handle() if self._eager_because is None else None
 
-@torch.no_grad()
-def step(model: MambalmForCausalLM, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-    """Read one more token (b) per row; return the logits (b, v) after it and the new state."""
-    output = model(tokens[:, None], cache_params=state, use_cache=True)
-    return output.logits[:, -1], output.cache_params
+    def explain(self) -> str:
+        """How the steps run, and why not faster."""
+        if self._eager_because is None:
+            if self._generic_because is None:
+                return "captured, fused"
+            return f"captured, the model's own forward ({self._generic_because})"
+        if self.model.device.type == "cpu" and (reason := cpu_step.refusal(self.model)) is None:
+            return "the CPU step, batches eagerly"
+        return f"eager ({self._eager_because if self.model.device.type != 'cpu' else reason})"
+
+    def generate(
+        self,
+        prompts: Sequence[Tensor],
+        settings: Settings,
+        is_finished: Callable[[int], bool] = lambda row: False,
+        state: State | None = None,
+    ) -> Iterator[Token]:
+        """Continue a batch of prompts; yield the tokens as they come, the ending ones included.
+
+        A row stops by itself: at an end token, at `max_new_tokens`, or when `is_finished(row)`, which is asked after
+        the row's token was yielded. The other rows go on in a smaller batch.
+
+        Args:
+            prompts: token ids (l_i) of each.
+            settings: how.
+            is_finished: whether a row is to go on.
+            state: what each prompt's row has read before; None: nothing.
+
+        Raises:
+            ValueError: see `read`.
+        """
+        logits, state = read(self.model, prompts, state, chunk_size=settings.chunk_size)
+        seen = None
+        if settings.sampling.penalizes:
+            seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+            for row, prompt in enumerate(prompts):
+                seen[row, prompt.to(seen.device)] = True
+        if settings.copies > 1:
+            copied = torch.arange(len(prompts), device=logits.device).repeat_interleave(settings.copies)
+            logits, state, seen = logits[copied], state.index(copied), None if seen is None else seen[copied]
+        count = len(logits)
+        sampling, seeds = [settings.sampling] * count, settings.seeds(count)
+        chooser = Chooser.of(sampling, seeds, seen, device=logits.device, logprobs=settings.logprobs)
+        yield from self.go_on(logits, state, chooser, settings, is_finished)
+
+    def go_on(
+        self,
+        logits: Tensor,
+        state: State,
+        chooser: Chooser,
+        settings: Settings,
+        is_finished: Callable[[int], bool] = lambda row: False,
+    ) -> Iterator[Token]:
+        """Yield tokens from the logits (b, v) and the state on; see `generate`."""
+        kind = _EagerRun if self._eager_because is not None else _CapturedRun
+        run = kind(self, logits, state, chooser)
+        try:
+            for remaining in reversed(range(settings.max_new_tokens)):
+                rows, choice = run.next(is_last=not remaining)
+                alive = []
+                for token in _tokens(rows, choice):
+                    yield token
+                    if token.id not in settings.end_tokens and not is_finished(token.row):
+                        alive.append(token.row)
+                if not alive:
+                    return
+                run.keep(alive)
+        finally:
+            run.close()
+
+    def reader(self, state: State) -> Reader:
+        """What reads one token per row on from a state, which stays as it is."""
+        if state.batch_size == 1 and cpu_step.refusal(self.model) is None:
+            return cpu_step.CPUStep(self.model, state)
+        return EagerReader(self.model, state) if self._eager_because is not None else _CapturedReader(self, state)
+
+    def take(self, rows: int, plan: Plan | None) -> Captured:
+        """A graph for that many rows that is not in use; `give_back` it."""
+        size = next((size for size in _SIZES if size >= rows), -(-rows // _SIZES[-1]) * _SIZES[-1])
+        if idle := self._idle[size, plan]:
+            return idle.pop()
+        if self._blocks is None and self._generic_because is None:
+            blocks = self.model.backbone.layers
+            self._blocks = [gpu_step.weights(block) for block in blocks]
+        return Captured(self.model, size, plan, self._blocks, self._pool)
+
+    def give_back(self, captured: Captured, plan: Plan | None) -> None:
+        """Let others use a graph again."""
+        self._idle[captured.size, plan].append(captured)
 
 
 def decode(
@@ -107,71 +214,152 @@ def decode(
     settings: Settings,
     is_finished: Callable[[int], bool] = lambda row: False,
 ) -> Iterator[tuple[int, int]]:
-    """Continue a batch of prompts; yield (row, token) as the tokens come, the ending token included.
+    """`Engine.generate` with an engine of its own; yield (row, token)."""
+    for token in Engine(model).generate(prompts, settings, is_finished):
+        yield token.row, token.id
 
-    A row stops by itself: at an end token, at `max_new_tokens`, or when `is_finished(row)`, which is asked after the
-    row's token was yielded. The other rows go on in a smaller batch.
 
-    Raises:
-        ValueError: see `read`.
-    """
-    logits, state = read(model, prompts, chunk_size=settings.chunk_size)
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        seen[row, prompt.to(seen.device)] = True
-    generators = _generators(len(prompts), settings.seed, logits.device)
-    rows = list(range(len(prompts)))
-    single: CPUStep | None = None
-    for remaining in reversed(range(settings.max_new_tokens)):
-        tokens = choose(logits, settings.sampling, seen, [generators[row] for row in rows])
-        chosen = tokens.tolist()
-        yield from zip(rows, chosen, strict=True)
-        kept = [
-            i
-            for i, (row, token) in enumerate(zip(rows, chosen, strict=True))
-            if token not in settings.end_tokens and not is_finished(row)
-        ]
-        if not kept or not remaining:
-            return
-        if len(kept) < len(rows):
-            index = torch.tensor(kept, device=tokens.device)
-            tokens, seen, state = tokens[index], seen[index], state.index(index)
-            rows = [rows[i] for i in kept]
-        seen.scatter_(1, tokens[:, None], True)
-        if single is None and len(rows) == 1 and refusal(model) is None:
-            single = CPUStep(model, state)
-        if single is not None:
-            logits = single(tokens)
+def _tokens(rows: Sequence[int], choice: Choice) -> Iterator[Token]:
+    ids = choice.tokens.tolist()
+    if choice.logprobs is None or choice.likeliest is None:
+        yield from map(Token, rows, ids)
+        return
+    reports = zip(choice.logprobs.tolist(), choice.likeliest.tolist(), strict=True)
+    for row, token, ((own, *others), likeliest) in zip(rows, ids, reports, strict=True):
+        yield Token(row, token, own, tuple(zip(likeliest, others, strict=True)))
+
+
+class _EagerRun:
+    """A batch on its way, step by step."""
+
+    def __init__(self, engine: Engine, logits: Tensor, state: State, chooser: Chooser) -> None:
+        self._model, self._logits, self._state, self._chooser = engine.model, logits, state, chooser
+        self._rows = list(range(len(logits)))
+        self._tokens: Tensor | None = None
+        self._single: cpu_step.CPUStep | None = None
+
+    def next(self, *, is_last: bool) -> tuple[list[int], Choice]:
+        """The rows that go on, and their next tokens on the host."""
+        if self._tokens is not None:
+            self._read(self._tokens)
+        choice = self._chooser(self._logits)
+        self._tokens = choice.tokens
+        return self._rows, Choice(*(None if part is None else part.cpu() for part in choice))  # type: ignore[arg-type]
+
+    def _read(self, tokens: Tensor) -> None:
+        if self._single is None and len(tokens) == 1 and cpu_step.refusal(self._model) is None:
+            self._single = cpu_step.CPUStep(self._model, self._state)
+        if self._single is not None:
+            self._logits = self._single(tokens)
         else:
-            logits, state = step(model, tokens, state)
+            self._logits, self._state = step(self._model, tokens, self._state)
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows, some of those of before in their order."""
+        if len(rows) == len(self._rows) or self._tokens is None:
+            return
+        index = torch.tensor([self._rows.index(row) for row in rows], device=self._tokens.device)
+        self._tokens, self._state = self._tokens[index], self._state.index(index)
+        self._chooser, self._rows = self._chooser.index(index), rows
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
-def _check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None:
-    if not prompts:
-        raise ValueError("there is no prompt")
-    vocabulary = model.config.vocab_size
-    for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {row + 1} has no tokens; give it at least one, such as the start-of-text token")
-        if int(prompt.max()) >= vocabulary or int(prompt.min()) < 0:
-            raise ValueError(
-                f"prompt {row + 1} has token ids from {int(prompt.min())} to {int(prompt.max())}, but the model's "
-                f"vocabulary has {vocabulary}; use the tokenizer that the model was trained with"
-            )
+class _Arrival(NamedTuple):
+    """Tokens on their way to the host: of these rows in these slots of the batch."""
+
+    rows: list[int]
+    slots: list[int]
+    choice: Choice
+    event: torch.cuda.Event
 
 
-def _pad_left(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (b, l) with the rows' ends aligned, and the mask (b, l) of those that count."""
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, length - len(row) :] = row
-        mask[i, length - len(row) :] = True
-    return ids.to(device), mask.to(device)
+class _CapturedRun:
+    """A batch on its way through graphs, one step ahead of the host."""
+
+    def __init__(self, engine: Engine, logits: Tensor, state: State, chooser: Chooser) -> None:
+        self._engine, self._plan = engine, chooser.plan
+        self._rows = list(range(len(logits)))
+        self._slots = list(range(len(logits)))
+        self._arrivals: deque[_Arrival] = deque()
+        choice = chooser(logits)
+        self._captured = engine.take(len(logits), self._plan)
+        self._captured.load(choice.tokens, state, chooser)
+        self._send(choice)
+
+    def next(self, *, is_last: bool) -> tuple[list[int], Choice]:
+        """The rows that go on, and their next tokens on the host."""
+        if not is_last:
+            self._move()
+            self._captured.replay()
+            assert self._captured.choice is not None, "captured with a plan"
+            self._send(self._captured.choice)
+        arrival = self._arrivals.popleft()
+        arrival.event.synchronize()
+        # A row that has stopped since the step was sent is not heard any more.
+        going = set(self._rows)
+        pairs = [(row, slot) for row, slot in zip(arrival.rows, arrival.slots, strict=True) if row in going]
+        rows, slots = [row for row, _ in pairs], [slot for _, slot in pairs]
+        return rows, Choice(*(None if part is None else part[slots] for part in arrival.choice))  # type: ignore[arg-type]
+
+    def _send(self, choice: Choice) -> None:
+        """Begin to copy a choice to the host."""
+        host = [None if part is None else _pinned(part) for part in choice]
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(choice.tokens.device))
+        self._arrivals.append(_Arrival(self._rows, self._slots, Choice(*host), event))  # type: ignore[arg-type]
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows, some of those of before in their order."""
+        if len(rows) < len(self._rows):
+            slot_of = dict(zip(self._rows, self._slots, strict=True))
+            self._rows, self._slots = rows, [slot_of[row] for row in rows]
+
+    def _move(self) -> None:
+        """Take the smallest graph that holds the rows."""
+        before = self._captured
+        if len(self._rows) > before.size // 2:
+            return
+        after = self._engine.take(len(self._rows), self._plan)
+        slots = torch.tensor(self._slots, device=before.tokens.device)
+        after.load(before.tokens[slots], before.state(slots), before.chooser(slots))
+        self._engine.give_back(before, self._plan)
+        self._captured, self._slots = after, list(range(len(self._rows)))
+
+    def close(self) -> None:
+        """Let others use the graph."""
+        self._engine.give_back(self._captured, self._plan)
 
 
-def _generators(count: int, seed: int | None, device: torch.device) -> list[torch.Generator]:
-    first = torch.seed() if seed is None else seed
-    # torch.seed() may be the largest number that a generator takes.
-    return [torch.Generator(device).manual_seed((first + row) % 2**63) for row in range(count)]
+def _pinned(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+class _CapturedReader:
+    """Reads tokens by a graph; see `Reader`."""
+
+    def __init__(self, engine: Engine, state: State) -> None:
+        self._rows = state.batch_size
+        self._engine, self._captured = engine, engine.take(self._rows, None)
+        self._captured.load(None, state, None)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """See `Reader`."""
+        self._captured.tokens[: self._rows].copy_(tokens)
+        self._captured.replay()
+        return self._captured.logits[: self._rows]
+
+    def reorder(self, rows: Tensor) -> None:
+        """See `Reader`."""
+        self._captured.load(None, self._captured.state(rows), None)
+
+    def state(self) -> State:
+        """See `Reader`."""
+        return self._captured.state(torch.arange(self._rows, device=self._captured.tokens.device))
+
+    def __del__(self) -> None:
+        # The reader may have failed before it had a graph.
+        if hasattr(self, "_captured"):
+            self._engine.give_back(self._captured, None)

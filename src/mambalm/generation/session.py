@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from mambalm.generation import state_file
-from mambalm.generation.cpu_step import CPUStep, refusal
-from mambalm.generation.engine import Settings, read, step
+from mambalm.generation.engine import Engine, Settings, read
 from mambalm.generation.fingerprint import Fingerprint
-from mambalm.generation.sampling import choose
+from mambalm.generation.reading import chosen_chunk_size
+from mambalm.generation.sampling import Chooser
 from mambalm.generation.snapshot import Snapshot
 from mambalm.generation.text import TextStream
-from mambalm.layers.state import State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +89,7 @@ class Session:
         model: MambalmForCausalLM,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        chunk_size: int = 2048,
+        chunk_size: int | None = None,
         rungs: int = 16,
     ) -> None:
         """Begin a text.
@@ -99,15 +97,20 @@ class Session:
         Args:
             model: a causal language model of mambalm.
             tokenizer: its tokenizer.
-            chunk_size: tokens that are read at once, from one multiple of it to the next.
+            chunk_size: tokens that are read at once, from one multiple of it to the next; None: chosen for the model.
             rungs: states to keep for `rewind`, each of `snapshot.nbytes`.
         """
         self.model = model
         self.tokenizer = tokenizer
-        self.chunk_size = chunk_size
+        self.chunk_size = chosen_chunk_size(model) if chunk_size is None else chunk_size
         self.snapshot = Snapshot.fresh(model)
         self.ladder = Ladder(rungs)
         self.written: list[int] = []
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs the steps; forks share it."""
+        return Engine(self.model)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -136,7 +139,7 @@ class Session:
         while at < len(tokens):
             self.ladder.offer(self.snapshot)
             piece = list(tokens[at : at + self.chunk_size - (start + at) % self.chunk_size])
-            logits, state = read(self.model, [torch.tensor(piece)], self.snapshot.state, chunk_size=len(piece))
+            logits, state = read(self.model, [torch.tensor(piece)], self.snapshot.state, chunk_size=self.chunk_size)
             self.snapshot = self.snapshot.after(piece, logits, state)
             at += len(piece)
 
@@ -155,18 +158,16 @@ class Session:
             raise ValueError("there is nothing to continue: read at least one token, such as the start-of-text token")
         self.ladder.offer(start)
         logits, written, is_whole = start.logits, list[int](), True
-        seen = (start.counts > 0).to(logits.device)[None]
-        generator = torch.Generator(logits.device)
-        generator.manual_seed(torch.seed() % 2**63 if settings.seed is None else settings.seed)
-        reader = _reader(self.model, start.state)
+        seen = (start.counts > 0)[None]
+        chooser = Chooser.of([settings.sampling], settings.seeds(1)[:1], seen, device=logits.device)
+        reader = self.engine.reader(start.state)
         try:
             for _ in range(settings.max_new_tokens):
-                token = choose(logits, settings.sampling, seen, [generator])
+                token = chooser(logits).tokens
                 written.append(int(token))
                 if written[-1] in settings.end_tokens:
                     return
                 yield written[-1]
-                seen.scatter_(1, token[:, None], True)
                 is_whole = False
                 logits = reader(token)
                 is_whole = True
@@ -204,6 +205,7 @@ class Session:
 
     def fork(self) -> Session:
         """A second session with the same past: it costs no memory until one of them goes on."""
+        _ = self.engine  # made once, for both
         other = copy.copy(self)
         other.ladder = self.ladder.copy()
         return other
@@ -236,40 +238,24 @@ class Session:
         return notes
 
 
-class _Reader:
-    """Reads tokens of one row one by one, as `CPUStep` does, for every model and device."""
-
-    def __init__(self, model: MambalmForCausalLM, state: State) -> None:
-        self._model, self._state = model, state
-
-    def __call__(self, token: Tensor) -> Tensor:
-        logits, self._state = step(self._model, token, self._state)
-        return logits
-
-    def state(self) -> State:
-        return self._state
-
-
-def _reader(model: MambalmForCausalLM, state: State) -> CPUStep | _Reader:
-    return CPUStep(model, state) if refusal(model) is None else _Reader(model, state)
-
-
 def continue_texts(
     session: Session, texts: Sequence[str], settings: Settings, stop: Sequence[str] = ()
 ) -> Iterator[tuple[int, str]]:
     """Continue each text behind what the session has read, in a fork of its own; yield (row, text) as it comes.
 
-    A text joins on without a special token before it; an empty one continues the session as it is.
+    Rows are those of `Settings.copies`. A text joins on without a special token before it; an empty one continues the
+    session as it is.
 
     Raises:
         ValueError: see `Session.write_text`.
     """
     if session.tokenizer is None:
         raise ValueError("the session has no tokenizer to read text with: give it one")
-    for row, text in enumerate(texts):
-        fork = session.fork()
+    seeds = settings.seeds(len(texts) * settings.copies)
+    for number, text in enumerate(texts):
+        behind = session.fork()
         tokens = session.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        fork.read(tokens)
-        seed = None if settings.seed is None else settings.seed + row
-        for piece in fork.write_text(replace(settings, seed=seed), stop, tokens):
-            yield row, piece
+        behind.read(tokens)
+        for row in range(number * settings.copies, (number + 1) * settings.copies):
+            for piece in behind.fork().write_text(replace(settings, seed=seeds[row]), stop, tokens):
+                yield row, piece

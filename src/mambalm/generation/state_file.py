@@ -92,7 +92,8 @@ def load(
     for name, wanted in _named(form):
         tensor = None if wanted is None else tensors[f"state.{name}"]
         dtype = wanted.dtype if wanted is not None and convert else None
-        placed.append(None if tensor is None else tensor.to(model.device, dtype))
+        # A copy: mapped from the file, tensors lie less aligned, and libraries may then sum in another order.
+        placed.append(None if tensor is None else tensor.to(model.device, dtype, copy=True))
     state = pytree.tree_unflatten(placed, pytree.tree_structure(form))
     logits = tensors.get("logits")
     logits = None if logits is None else logits.to(model.device)

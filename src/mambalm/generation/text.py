@@ -76,7 +76,7 @@ def generate(
     settings: Settings,
     stop: Sequence[str] = (),
 ) -> Iterator[tuple[int, str]]:
-    """Continue a batch of texts; yield (row, text) as the text becomes certain.
+    """Continue a batch of texts; yield (row, text) as the text becomes certain, with the rows of `Settings.copies`.
 
     Args:
         model: a causal language model of mambalm.
@@ -89,7 +89,7 @@ def generate(
         ValueError: a prompt has no tokens or some that the model does not know, or a stop string is empty.
     """
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    streams = [TextStream(tokenizer, ids, stop) for ids in encoded]
+    streams = [TextStream(tokenizer, ids, stop) for ids in encoded for _ in range(settings.copies)]
     ids = [torch.tensor(row, dtype=torch.long) for row in encoded]
     for row, token in decode(model, ids, settings, lambda row: streams[row].stopped):
         if token not in settings.end_tokens and (text := streams[row].push(token)):

@@ -1,0 +1,109 @@
+"""Decoding with random weights on a GPU: `python -m benchmarks.decode [--model 2.8b] [--output FOLDER]`.
+
+Milliseconds of a step of `mambalm.generation.Engine`, the choice of the token included, in bfloat16: the time of many
+steps in a row divided by their number. The floor is the time to read the weights, and to read and write the states, at
+the speed of a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.models import RESULTS, model
+from benchmarks.timing import provenance
+from mambalm.generation import Engine, Sampling, Settings
+from mambalm.generation.sampling import Plan
+
+COPY_BYTES_PER_MS = 4.257e9  # measured on an H200
+PLANS = {"greedy": Sampling(), "top-p": Sampling(temperature=1.0, top_p=0.9)}
+# (model, batch, how tokens are chosen, mamba_ssm's ms, our goal in ms)
+CASES = (
+    ("2.8b", 1, "greedy", 3.26, 2.0),
+    ("2.8b", 1, "top-p", None, None),
+    ("2.8b", 8, "greedy", None, None),
+    ("2.8b", 64, "greedy", 4.59, 3.0),
+    ("falcon-7b", 1, "greedy", 5.22, 4.2),
+    ("falcon-7b", 64, "greedy", 7.48, 5.6),
+)
+PROMPT = 2048
+
+
+def step_ms(engine: Engine, batch: int, sampling: Sampling, steps: int = 200) -> float:
+    """The time of a step on the device, back to back."""
+    captured = engine.take(batch, Plan.of([sampling], None))
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(5):
+        captured.replay()
+    begin.record()
+    for _ in range(steps):
+        captured.replay()
+    end.record()
+    end.synchronize()
+    return round(begin.elapsed_time(end) / steps, 4)
+
+
+def seconds(engine: Engine, batch: int, tokens: int, sampling: Sampling) -> tuple[float, float]:
+    """Until the first token of a prompt and from there to the last, as a caller sees them."""
+    ids = torch.randint(50000, (batch, PROMPT))
+    start = time.perf_counter()
+    first = 0.0
+    for _ in engine.generate(list(ids), Settings(max_new_tokens=tokens, sampling=sampling)):
+        first = first or time.perf_counter() - start
+    return first, time.perf_counter() - start - first
+
+
+def case(engine: Engine, name: str, batch: int, how: str, peer: float | None, goal: float | None) -> dict[str, Any]:
+    """One row of the results."""
+    embeddings: Any = engine.model.get_input_embeddings()
+    weights = sum(p.nbytes for p in engine.model.parameters()) - embeddings.weight.nbytes
+    if engine.model.config.tie_word_embeddings:
+        weights += embeddings.weight.nbytes
+    floor = (weights + 2 * engine.model.init_state(batch, device="meta").nbytes) / COPY_BYTES_PER_MS
+    ms = step_ms(engine, batch, PLANS[how])
+    seconds(engine, batch, 8, PLANS[how])
+    first, rest = seconds(engine, batch, 201, PLANS[how])
+    return {
+        "model": name,
+        "batch": batch,
+        "choice": how,
+        "step_ms": ms,
+        "floor_ms": round(floor, 3),
+        "seen_by_the_caller_ms": round(1e3 * rest / 200, 4),
+        "prompt": PROMPT,
+        "first_token_ms": round(1e3 * first, 2),
+        "mamba_ssm_ms": peer,
+        "goal_ms": goal,
+    }
+
+
+def main() -> None:
+    """Run the cases and write `decode.json`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+    parser.add_argument("--model", choices=("2.8b", "falcon-7b"), help="this one only")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--commit", default="", help="what was measured, where there is no git")
+    options = parser.parse_args()
+    rows = []
+    for name in [options.model] if options.model else ("2.8b", "falcon-7b"):
+        engine = Engine(model(name, torch.bfloat16).eval())
+        for sizes in CASES:
+            if sizes[0] == name:
+                rows.append(case(engine, *sizes))
+                print(json.dumps(rows[-1]), flush=True)
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+    folder = options.output / torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "decode.json").write_text(json.dumps({**provenance(options.commit), "cases": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

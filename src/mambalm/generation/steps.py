@@ -1,0 +1,168 @@
+"""The steps that read one token per row: eager, a CPU's, and on a GPU captured as one graph, with the choice in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mambalm.generation import cpu_step, gpu_step
+from mambalm.generation.reading import step
+from mambalm.generation.sampling import Choice, Chooser, Plan
+from mambalm.layers.state import AttentionState, MambaState, State
+
+if TYPE_CHECKING:
+    from mambalm.models.common import MambalmForCausalLM
+    from mambalm.ops.triton_steps import Weights
+
+
+class Reader(Protocol):
+    """Reads tokens one by one, of one row or several."""
+
+    def __call__(self, tokens: Tensor, /) -> Tensor:
+        """Read a token per row (b); the logits after it (b, v), overwritten by the next call."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i be what row `rows[i]` was."""
+
+    def state(self) -> State:
+        """What was read, as a value."""
+
+
+class EagerReader:
+    """A reader for every model and device."""
+
+    def __init__(self, model: MambalmForCausalLM, state: State) -> None:
+        self._model, self._state = model, state
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """See `Reader`."""
+        logits, self._state = step(self._model, tokens, self._state)
+        return logits
+
+    def reorder(self, rows: Tensor) -> None:
+        """See `Reader`."""
+        self._state = self._state.index(rows)
+
+    def state(self) -> State:
+        """See `Reader`."""
+        return self._state
+
+
+def not_captured(model: MambalmForCausalLM) -> str | None:
+    """Why the steps of a model cannot be a graph; None if they can."""
+    if model.device.type != "cuda":
+        return f"the model is on {model.device.type}"
+    if any(isinstance(layer, AttentionState) for layer in model.init_state(1).layers):
+        return "attention layers keep more with every token"
+    devices = getattr(model, "hf_device_map", {}).values()
+    if len(set(devices)) > 1 or any(map(cpu_step.hooked, model.modules())):
+        return "modules have hooks, or are on several devices"
+    return None
+
+
+class GenericStep:
+    """Any model's forward, on a state that stays where it is; the interface is that of `FusedStep`."""
+
+    def __init__(self, model: MambalmForCausalLM, state: State) -> None:
+        self._model, self._state = model, state
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> None:
+        """Read tokens (b), write the logits (b, v) after them."""
+        after, state = step(self._model, tokens, self._state)
+        torch._foreach_copy_(list(parts(self._state)), list(parts(state)))
+        logits.copy_(after)
+
+
+def parts(state: State) -> Iterable[Tensor]:
+    """The tensors of a state without attention, in a fixed order."""
+    for layer in state.layers:
+        assert isinstance(layer, MambaState), "what grows is not captured"
+        yield from (layer.conv, layer.ssm)
+    yield state.position
+
+
+class Captured:
+    """A step of `size` rows in a CUDA graph, on memory of its own, which ends with the choice of the next tokens.
+
+    Attributes:
+        size: rows; those that are not in use compute what nobody reads.
+        tokens: int64 (size), what the next run reads, and after it what was chosen.
+        logits: float32 (size, v), after the tokens read.
+        choice: what the latest run chose; None where the plan is None.
+    """
+
+    def __init__(
+        self, model: MambalmForCausalLM, size: int, plan: Plan | None, blocks: list[Weights] | None, pool: Any
+    ) -> None:
+        """Compile what the step needs, and capture it.
+
+        Args:
+            model: one that `not_captured` has nothing against.
+            size: rows.
+            plan: how tokens are chosen; None: not at all.
+            blocks: the blocks' weights as the fused kernels take them; None: the model's own forward.
+            pool: of the memory that graphs share, since no two of an engine run at once.
+        """
+        device, vocabulary = model.device, model.config.vocab_size
+        self.size = size
+        self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(size, vocabulary, device=device)
+        self._state = model.init_state(size)
+        self._chooser = None if plan is None else idle_chooser(plan, size, vocabulary, device)
+        run = GenericStep(model, self._state) if blocks is None else gpu_step.FusedStep(model, self._state, blocks)
+        self._run: GenericStep | gpu_step.FusedStep = run
+        self.choice: Choice | None = None
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
+            # Kernels compile and libraries make their workspaces now: a capture could not contain that.
+            for _ in range(2):
+                self._once()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+                self._once()
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+    def _once(self) -> None:
+        self._run(self.tokens, self.logits)
+        if self._chooser is not None:
+            self.choice = self._chooser(self.logits)
+            self.tokens.copy_(self.choice.tokens)
+
+    @torch.no_grad()
+    def load(self, tokens: Tensor | None, state: State, chooser: Chooser | None) -> None:
+        """Begin with these rows, at most `size`: what they read next, what they have read, how they choose."""
+        rows = state.batch_size
+        for own, given in zip(parts(self._state), parts(state), strict=True):
+            own[:rows].copy_(given)
+        if tokens is not None:
+            self.tokens[:rows].copy_(tokens)
+        if self._chooser is not None and chooser is not None:
+            for own_part, given_part in zip(self._chooser.tensors(), chooser.tensors(), strict=True):
+                if own_part is not None and given_part is not None:
+                    own_part[:rows].copy_(given_part)
+
+    def replay(self) -> None:
+        """Run once."""
+        self._graph.replay()
+
+    def state(self, rows: Tensor) -> State:
+        """A copy of what these rows have read."""
+        return self._state.index(rows)
+
+    def chooser(self, rows: Tensor) -> Chooser:
+        """A copy of how these rows choose."""
+        assert self._chooser is not None, "captured without a choice"
+        return self._chooser.index(rows)
+
+
+def idle_chooser(plan: Plan, size: int, vocabulary: int, device: torch.device) -> Chooser:
+    """The memory of a chooser of this plan."""
+    keys, steps = torch.zeros(2, size, dtype=torch.int64, device=device)
+    neutral = torch.tensor([0.0, 0, 1, 0, 1, 0, 0], device=device).repeat(size, 1)
+    seen = torch.zeros(size, vocabulary, dtype=torch.bool, device=device) if plan.penalizes else None
+    written = torch.zeros(size, vocabulary, dtype=torch.int32, device=device) if plan.penalizes else None
+    return Chooser(plan, neutral, keys, steps, seen, written)

@@ -1,0 +1,353 @@
+"""Triton kernels of a decode step on memory that stays where it is; ``triton_steps`` says what each computes.
+
+Sums are float32 and in a fixed order. With ``OVERLAP`` (programmatic dependent launch: CUDA programming guide, section
+4.5) a kernel starts while the one before it still runs, fetches the weights that it needs, which no kernel writes, and
+waits for that one only then. Its own state may be fetched early too: the kernel that wrote it is a whole step away.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mambalm.ops.triton_support import sigmoid
+
+
+@triton.jit
+def _begin(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Let the next kernel start as soon as every program of this one has."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait until the kernels before are done and what they wrote can be read."""
+    if OVERLAP:
+        gdc_wait()
+
+
+@triton.jit
+def _fetch(matrix, rows, valid, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows of a matrix (r, K) as a tuple of tiles."""
+    tiles = ()
+    for start in tl.static_range(0, K, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = valid[:, None] & (columns < K)[None, :]
+        at = matrix + rows.to(tl.int64)[:, None] * K + columns[None, :]
+        tile = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+        tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005, Triton knows no stars
+    return tiles
+
+
+@triton.jit
+def _fetch_vector(vector, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    parts = ()
+    for start in tl.static_range(0, K, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        part = tl.load(vector + columns, mask=columns < K, other=0.0).to(tl.float32)
+        parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def _product(tiles, x, scale, eps, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tiles times x (K), which is normalised and scaled first with NORM."""
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range((K + BLOCK - 1) // BLOCK):
+        columns = i * BLOCK + tl.arange(0, BLOCK)
+        part = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
+        if NORM:
+            squares += part * part
+            part = part * scale[i]
+        total += tiles[i].to(tl.float32) * part[None, :]
+    y = tl.sum(total, 1)
+    if NORM:
+        y = y * tl.rsqrt(tl.sum(squares) / K + eps)
+    return y
+
+
+@triton.jit
+def _convolved(x, channel, on, row, state, weight, bias, channels, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """silu of the convolution at channels (any shape) whose newest input is x; the state (b, d, TAPS - 1) moves on."""
+    x = x.to(state.dtype.element_ty).to(tl.float32)
+    y = x * tl.load(weight + channel * TAPS + TAPS - 1, mask=on, other=0.0).to(tl.float32)
+    if bias is not None:
+        y += tl.load(bias + channel, mask=on, other=0.0).to(tl.float32)
+    kept = state + (row.to(tl.int64) * channels + channel) * (TAPS - 1)
+    for tap in tl.static_range(TAPS - 1):
+        older = tl.load(kept + tap, mask=on, other=0.0)
+        y += older.to(tl.float32) * tl.load(weight + channel * TAPS + tap, mask=on, other=0.0).to(tl.float32)
+        if tap > 0:
+            tl.store(kept + tap - 1, older, mask=on)
+    if TAPS > 1:
+        tl.store(kept + TAPS - 2, x.to(state.dtype.element_ty), mask=on)
+    return y * sigmoid(y)
+
+
+@triton.jit
+def enter_one(  # type: ignore[no-untyped-def]
+    x,
+    scale,
+    eps,
+    weight,
+    bias,
+    conv_weight,
+    conv_bias,
+    conv_state,
+    u,
+    z,
+    channels,
+    K: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    _begin(OVERLAP)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < 2 * channels
+    tiles = _fetch(weight, rows, valid, K, BLOCK)
+    scales = _fetch_vector(scale, K, BLOCK)
+    _wait(OVERLAP)
+    y = _product(tiles, x, scales, eps, K, BLOCK, ROWS, True)
+    if bias is not None:
+        y += tl.load(bias + rows, mask=valid, other=0.0).to(tl.float32)
+    inner = rows < channels
+    if tl.program_id(0) * ROWS < channels:
+        gated = _convolved(y, rows, inner, rows * 0, conv_state, conv_weight, conv_bias, channels, TAPS)
+        tl.store(u + rows, gated.to(u.dtype.element_ty), mask=inner)
+    tl.store(z + rows - channels, y.to(z.dtype.element_ty), mask=valid & (rows >= channels))
+
+
+@triton.jit
+def split_one(  # type: ignore[no-untyped-def]
+    x, weight, shares, rows_total, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    _begin(OVERLAP)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = rows < rows_total
+    mask = valid[:, None] & (columns < K)[None, :]
+    tile = tl.load(weight + rows[:, None] * K + columns[None, :], mask=mask, other=0.0)
+    _wait(OVERLAP)
+    part = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
+    y = tl.sum(tile.to(tl.float32) * part[None, :], 1)
+    tl.store(shares + tl.program_id(1) * rows_total + rows, y, mask=valid)
+
+
+@triton.jit
+def project_one(  # type: ignore[no-untyped-def]
+    x,
+    scale,
+    eps,
+    weight,
+    bias,
+    y,
+    rows_total,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    _begin(OVERLAP)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < rows_total
+    tiles = _fetch(weight, rows, valid, K, BLOCK)
+    scales = ()
+    if NORM:
+        scales = _fetch_vector(scale, K, BLOCK)
+    _wait(OVERLAP)
+    result = _product(tiles, x, scales, eps, K, BLOCK, ROWS, NORM)
+    if bias is not None:
+        result += tl.load(bias + rows, mask=valid, other=0.0).to(tl.float32)
+    if ADD:
+        result += tl.load(y + rows, mask=valid, other=0.0).to(tl.float32)
+    tl.store(y + rows, result.to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _summed(shares, columns, on, row, batch, width, SHARES: tl.constexpr, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of shares (SHARES, batch, width) at a row's columns, in their order within a tree."""
+    share = tl.arange(0, MOST)
+    at = shares + (share[:, None] * batch + row) * width + columns[None, :]
+    return tl.sum(tl.load(at, mask=(share < SHARES)[:, None] & on[None, :], other=0.0), 0)
+
+
+@triton.jit
+def scan(  # type: ignore[no-untyped-def]
+    shares,
+    weight,
+    bias,
+    rates,
+    D,
+    u,
+    z,
+    state,
+    y,
+    eps,
+    batch,
+    channels,
+    N: tl.constexpr,
+    STATES: tl.constexpr,
+    RANK: tl.constexpr,
+    K: tl.constexpr,
+    SHARES: tl.constexpr,
+    MOST: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    _begin(OVERLAP)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column, n = tl.arange(0, K), tl.arange(0, STATES)
+    inner, ranked, kept = channel < channels, column < RANK, n < N
+    tile = tl.load(weight + channel[:, None] * RANK + column[None, :], mask=inner[:, None] & ranked[None, :], other=0.0)
+    both = inner[:, None] & kept[None, :]
+    offset = channel[:, None] * N + n[None, :]
+    rate = tl.load(rates + offset, mask=both, other=0.0)
+    skip = tl.load(D + channel, mask=inner, other=0.0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=inner, other=0.0).to(tl.float32)
+    width: tl.constexpr = RANK + 2 * N
+    first = tl.program_id(1) * ROWS
+    h = tl.load(state + first.to(tl.int64) * channels * N + offset, mask=both, other=0.0)
+    _wait(OVERLAP)
+    for i in tl.static_range(ROWS):
+        row = first + i
+        low = _summed(shares, column, ranked, row, batch, width, SHARES, MOST)
+        B = _summed(shares, RANK + n, kept, row, batch, width, SHARES, MOST)
+        C = _summed(shares, RANK + N + n, kept, row, batch, width, SHARES, MOST)
+        if NORM:
+            low = low * tl.rsqrt(tl.sum(low * low) / RANK + eps)
+            B = B * tl.rsqrt(tl.sum(B * B) / N + eps)
+            C = C * tl.rsqrt(tl.sum(C * C) / N + eps)
+        step = tl.sum(tile.to(tl.float32) * low[None, :], 1) + shift
+        step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(step)))
+        at = row.to(tl.int64) * channels + channel
+        x = tl.load(u + at, mask=inner, other=0.0).to(tl.float32)
+        gate = tl.load(z + at, mask=inner, other=0.0).to(tl.float32)
+        h = h * tl.exp2(step[:, None] * rate) + (step * x)[:, None] * B[None, :]
+        tl.store(state + row.to(tl.int64) * channels * N + offset, h, mask=both)
+        result = tl.sum(h * C[None, :], 1) + skip * x
+        tl.store(y + at, (result * gate * sigmoid(gate)).to(y.dtype.element_ty), mask=inner)
+        if i + 1 < ROWS:
+            following = state + (row + 1).to(tl.int64) * channels * N + offset
+            h = tl.load(following, mask=both, other=0.0)
+
+
+@triton.jit
+def normalise(  # type: ignore[no-untyped-def]
+    x,
+    shares,
+    bias,
+    scale,
+    y,
+    eps,
+    batch,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHARES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    _begin(OVERLAP)
+    row, column = tl.program_id(0), tl.arange(0, WIDTH)
+    on = column < K
+    weight = tl.load(scale + column, mask=on, other=0.0).to(tl.float32)
+    _wait(OVERLAP)
+    at = row.to(tl.int64) * K + column
+    stream = tl.load(x + at, mask=on, other=0.0).to(tl.float32)
+    if SHARES > 0:
+        if bias is not None:
+            stream += tl.load(bias + column, mask=on, other=0.0).to(tl.float32)
+        for share in tl.static_range(SHARES):
+            stream += tl.load(shares + share * batch * K + at, mask=on, other=0.0)
+        rounded = stream.to(x.dtype.element_ty)
+        tl.store(x + at, rounded, mask=on)
+        stream = rounded.to(tl.float32)
+    root = tl.rsqrt(tl.sum(stream * stream) / K + eps)
+    tl.store(y + at, (stream * root * weight).to(y.dtype.element_ty), mask=on)
+
+
+@triton.jit
+def _products(  # type: ignore[no-untyped-def]
+    weight, x, rows, valid, row, on, start, stop, K, BLOCK: tl.constexpr, TILE: tl.constexpr, BATCH: tl.constexpr
+):
+    """(TILE, BATCH): rows of a matrix (r, K) times rows of x (b, K), over the columns from start to stop."""
+    total = tl.zeros((TILE, BATCH), tl.float32)
+    for at in range(start, stop, BLOCK):
+        columns = at + tl.arange(0, BLOCK)
+        inside = columns < stop
+        w = tl.load(
+            weight + rows.to(tl.int64)[:, None] * K + columns[None, :],
+            mask=valid[:, None] & inside[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        v = tl.load(x + row[None, :] * K + columns[:, None], mask=on[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(w, v, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def enter(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    conv_weight,
+    conv_bias,
+    conv_state,
+    u,
+    z,
+    batch,
+    channels,
+    K: tl.constexpr,
+    TAPS: tl.constexpr,
+    TILE: tl.constexpr,
+    BATCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    _begin(OVERLAP)
+    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    valid, on = rows < 2 * channels, row < batch
+    _wait(OVERLAP)
+    y = _products(weight, x, rows, valid, row, on, 0, K, K, BLOCK, TILE, BATCH)
+    if bias is not None:
+        y += tl.load(bias + rows, mask=valid, other=0.0).to(tl.float32)[:, None]
+    both = valid[:, None] & on[None, :]
+    inner = both & (rows < channels)[:, None]
+    at = row.to(tl.int64)[None, :] * channels + rows[:, None]
+    if tl.program_id(0) * TILE < channels:
+        channel = tl.broadcast_to(rows[:, None], (TILE, BATCH))
+        gated = _convolved(y, channel, inner, row[None, :], conv_state, conv_weight, conv_bias, channels, TAPS)
+        tl.store(u + at, gated.to(u.dtype.element_ty), mask=inner)
+    tl.store(z + at - channels, y.to(z.dtype.element_ty), mask=both & (rows >= channels)[:, None])
+
+
+@triton.jit
+def split(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    shares,
+    batch,
+    rows_total,
+    K: tl.constexpr,
+    SPAN: tl.constexpr,
+    TILE: tl.constexpr,
+    BATCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    _begin(OVERLAP)
+    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    valid, on = rows < rows_total, row < batch
+    start = tl.program_id(2) * SPAN
+    _wait(OVERLAP)
+    y = _products(weight, x, rows, valid, row, on, start, min(start + SPAN, K), K, BLOCK, TILE, BATCH)
+    at = (tl.program_id(2) * batch + row.to(tl.int64))[None, :] * rows_total + rows[:, None]
+    tl.store(shares + at, y, mask=valid[:, None] & on[None, :])

@@ -1,0 +1,58 @@
+"""Beam search beside transformers' `generate`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambalm.generation import Engine, beam_search, read
+from tests.models.tiny import FAMILIES, tokens
+
+PROMPT = tokens(7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("beams", "penalty", "ends"),
+    [(3, 1.0, ()), (4, 1.0, (5, 9, 30)), (2, 0.0, tuple(range(0, 48, 3))), (4, -0.7, (7,))],
+)
+def test_beams_are_those_of_generate(family: str, beams: int, penalty: float, ends: tuple[int, ...]) -> None:
+    model = FAMILIES[family].model()
+    found = beam_search(
+        Engine(model), PROMPT, beams, max_new_tokens=9, end_tokens=frozenset(ends), length_penalty=penalty
+    )
+    expected = model.generate(
+        PROMPT[None],
+        num_beams=beams,
+        num_return_sequences=beams,
+        max_new_tokens=9,
+        do_sample=False,
+        length_penalty=penalty,
+        eos_token_id=list(ends) or None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    # What it could not fill, generate returns at a score of -1e9.
+    real = expected.sequences_scores > -1e8
+    assert torch.allclose(
+        torch.tensor([beam.score for beam in found]), expected.sequences_scores[real], rtol=1e-4, atol=1e-4
+    )
+    for beam, ids in zip(found, expected.sequences[real].tolist(), strict=True):
+        assert list(beam.tokens) == ids[len(PROMPT) : len(PROMPT) + len(beam.tokens)]
+        assert beam.is_finished == (beam.tokens[-1] in ends)
+
+
+def test_beams_go_on_behind_a_state() -> None:
+    model = FAMILIES["falcon_mamba"].model()
+    engine = Engine(model)
+    _, state = read(model, [PROMPT[:4]])
+    found = beam_search(engine, PROMPT[4:], 3, max_new_tokens=6, state=state)
+    expected = beam_search(engine, PROMPT, 3, max_new_tokens=6)
+    assert [beam.tokens for beam in found] == [beam.tokens for beam in expected]
+
+
+@pytest.mark.parametrize(("beams", "count"), [(1, 5), (2, 0)])
+def test_sizes_that_make_no_search_are_refused(beams: int, count: int) -> None:
+    with pytest.raises(ValueError, match="at least 2 beams and 1 token"):
+        beam_search(Engine(FAMILIES["mamba"].model()), PROMPT, beams, max_new_tokens=count)

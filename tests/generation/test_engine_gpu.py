@@ -1,0 +1,99 @@
+"""The captured steps beside the eager ones, on a GPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mambalm.diagnostics.verify import HALF_PRECISION_FACTOR
+from mambalm.generation import Engine, Sampling, Settings, step
+from mambalm.models.common import MambalmForCausalLM
+from tests.helpers import FLOAT32, relative_error
+from tests.models.tiny import FAMILIES, tokens
+
+pytestmark = pytest.mark.gpu
+
+CAPTURED = {"mamba": "captured, fused", "falcon_mamba": "captured, fused", "mamba2": "captured, the model's own"}
+PROMPTS = [tokens(length, seed=length) for length in (3, 1, 9, 4, 17)]
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> MambalmForCausalLM:
+    return FAMILIES[family].model(num_hidden_layers=3).to("cuda", dtype)
+
+
+def rows_of(engine: Engine, settings: Settings, **more: object) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in PROMPTS for _ in range(settings.copies)]
+    for token in engine.generate(PROMPTS, settings, **more):  # type: ignore[arg-type]
+        rows[token.row].append(token.id)
+    return rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_generate(family: str) -> None:
+    model = model_of(family)
+    engine = Engine(model)
+    assert engine.explain().startswith(CAPTURED.get(family, "eager"))
+    for prompt, row in zip(PROMPTS, rows_of(engine, Settings(max_new_tokens=20)), strict=True):
+        expected = model.generate(prompt[None].cuda(), max_new_tokens=20, do_sample=False)
+        assert row == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", CAPTURED)
+def test_captured_steps_are_the_models(family: str, dtype: torch.dtype, batch: int) -> None:
+    exact = model_of(family).double()
+    model = copy.deepcopy(exact).to(dtype)
+    exact.load_state_dict(model.state_dict())
+    ids = tokens(batch, 12).cuda()
+    reader, state = Engine(model).reader(model.init_state(batch)), model.init_state(batch)
+    truth = exact.init_state(batch)
+    for position in range(ids.shape[1]):
+        found = reader(ids[:, position])
+        rounded, state = step(model, ids[:, position], state)
+        logits, truth = step(exact, ids[:, position], truth)
+    allowed = FLOAT32 if dtype == torch.float32 else HALF_PRECISION_FACTOR * relative_error(rounded, logits)
+    assert relative_error(found, logits) <= allowed
+    for own, other in zip(reader.state().layers, truth.layers, strict=True):
+        assert relative_error(own.ssm, other.ssm) <= (FLOAT32 if dtype == torch.float32 else 0.02)
+    assert reader.state().position.tolist() == [12] * batch
+
+
+def test_rows_stop_by_themselves_and_the_rest_moves_to_smaller_graphs() -> None:
+    engine = Engine(model_of("falcon_mamba"))
+    free = rows_of(engine, Settings(max_new_tokens=30))
+    lengths, counts = [3, 30, 7, 4, 12], [0] * len(PROMPTS)
+    found: list[list[int]] = [[] for _ in PROMPTS]
+    for token in engine.generate(PROMPTS, Settings(max_new_tokens=30), lambda row: counts[row] == lengths[row]):
+        counts[token.row] += 1
+        found[token.row].append(token.id)
+    assert found == [row[:length] for row, length in zip(free, lengths, strict=True)]
+
+
+def test_draws_are_those_of_the_cpu_and_a_graph_serves_other_settings() -> None:
+    model = model_of("mamba")
+    engine, plain = Engine(model), Engine(copy.deepcopy(model).cpu())
+    for sampling in (
+        Sampling(temperature=0.8, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.2, frequency_penalty=0.1),
+        Sampling(temperature=1.3, top_k=3, presence_penalty=0.5),
+    ):
+        settings = Settings(sampling=sampling, max_new_tokens=15, seed=7, copies=2)
+        assert rows_of(engine, settings) == rows_of(plain, settings)
+    assert sum(map(len, engine._idle.values())) == 1
+
+
+def test_two_runs_at_once_do_not_meet() -> None:
+    engine = Engine(model_of("mamba"))
+    settings = Settings(max_new_tokens=10, sampling=Sampling(temperature=1.0), seed=1)
+    alone = [[token.id for token in engine.generate([prompt], settings)] for prompt in PROMPTS[:2]]
+    both = zip(*(engine.generate([prompt], settings) for prompt in PROMPTS[:2]), strict=True)
+    assert [list(row) for row in zip(*([t.id for t in pair] for pair in both), strict=True)] == alone
+
+
+def test_logprobs_are_reported_with_their_tokens() -> None:
+    engine = Engine(model_of("mamba"))
+    for token in engine.generate(PROMPTS, Settings(max_new_tokens=6, logprobs=2)):
+        assert token.likeliest[0] == (token.id, token.logprob)
+        assert len(token.likeliest) == 2
