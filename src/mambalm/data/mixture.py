@@ -7,19 +7,21 @@ batch size, and reads what the uninterrupted run would have read.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from mambalm.data.chat import read_chats
 from mambalm.data.corpus import Corpus, Split
 from mambalm.data.packing import Packs, Pieces, Windows
 from mambalm.data.permutation import Permutation
 from mambalm.data.samples import Sample
-from mambalm.data.token_files import Metadata, require_tokenizer
+from mambalm.data.token_files import Metadata, ShardArrays, require_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,20 +120,35 @@ def _open(
     split: Split,
     granule: int | None,
 ) -> tuple[Pieces, str, int]:
-    path = Path(source.path).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"source {path} is no folder of token files: make it with `mambalm tokenize INPUT -o {path}`")
-    if tokenizer is not None:
-        require_tokenizer(path, Metadata.read(path), tokenizer)
-    corpus = Corpus.open(path, held_out=section.held_out, split=split)
+    corpus = _corpus(source, tokenizer, section.held_out, split)
     pieces: Pieces
     if source.kind == "chat":
-        pieces = Packs(corpus, length, padding=0)
+        packs = pieces = Packs(corpus, length)
+        if packs.cut:
+            warnings.warn(
+                f"{source.path}: {packs.cut:,} conversations are longer than {length}, and are cut", stacklevel=4
+            )
     else:
         # Stages do not take turns on what is held out.
         granule = granule if granule and split == "train" else length
         pieces = Windows(corpus, length, granule, documents=section.packing == "documents")
     return pieces, corpus.fingerprint, corpus.vocab_size
+
+
+def _corpus(source: Source, tokenizer: PreTrainedTokenizerBase | None, held_out: float, split: Split) -> Corpus:
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        if tokenizer is not None:
+            require_tokenizer(path, Metadata.read(path), tokenizer)
+        return Corpus.open(path, held_out=held_out, split=split)
+    if source.kind == "tokens" or not path.is_file():
+        raise ValueError(f"source {path} is no folder of token files: make it with `mambalm tokenize INPUT -o {path}`")
+    if tokenizer is None:
+        raise ValueError(f"source {path} is still to be tokenised: give a tokenizer")
+    shard, fingerprint = read_chats(path, tokenizer)
+    # A partial, unlike a function defined here, can be sent to another process.
+    shards: list[Callable[[], ShardArrays]] = [partial(replace, shard)]
+    return Corpus(str(path), shards, fingerprint=fingerprint, vocab_size=len(tokenizer), held_out=held_out, split=split)
 
 
 class Part:

@@ -74,9 +74,9 @@ class Packs:
 
     per_granule = 1
 
-    def __init__(self, corpus: Corpus, length: int, padding: int) -> None:
-        """Sequences of ``length`` tokens, filled up with the token ``padding``."""
-        self._corpus, self._length, self._padding = corpus, length, padding
+    def __init__(self, corpus: Corpus, length: int) -> None:
+        """Sequences of ``length`` tokens; ``cut`` is the number of documents that are longer."""
+        self._corpus, self._length = corpus, length
         lengths = corpus.document_lengths()
         self._lengths, self._begins = lengths, np.cumsum(lengths) - lengths
         # The last token of a document has no target, so that one more than a sequence fits.
@@ -94,7 +94,7 @@ class Packs:
 
     def read(self, granule: int, part: int) -> Sample:
         """Pack ``granule``."""
-        inputs = torch.full((self._length,), self._padding)
+        inputs = torch.zeros(self._length, dtype=torch.int64)
         targets = torch.full((self._length,), IGNORED)
         ends = [0]
         for number in range(self._firsts[granule], self._firsts[granule + 1]):

@@ -70,3 +70,23 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     probe = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     return hashlib.sha256(repr((words, list(probe))).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def load_tokenizer(path_or_hub_id: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or a repository.
+
+    Raises:
+        ValueError: transformers can load none from there.
+    """
+    # Seconds, which --help and a mistyped option need not wait for.
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path_or_hub_id} has no tokenizer that transformers can load ({str(error).splitlines()[0]}); "
+            "put its tokenizer.json there, or name another with --tokenizer"
+        ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
