@@ -151,9 +151,7 @@ def main() -> None:
 
 def write(name: str, options: argparse.Namespace, wrong: dict[str, float], rates: dict[str, dict[str, float]]) -> None:
     """One JSON file per model."""
-    cpu = next(
-        (line.split(": ")[1].strip() for line in _cpu_info() if line.startswith("model name")), platform.machine()
-    )
+    cpu = processor()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     header = {
         "cpu": cpu,
@@ -166,11 +164,22 @@ def write(name: str, options: argparse.Namespace, wrong: dict[str, float], rates
         "unit": "tokens per second, median",
     }
     sides = {side: {"logits_error": round_(error), **rates.get(side, {})} for side, error in wrong.items()}
-    folder = options.output / cpu.lower().replace("(r)", "").replace(" ", "-")
+    folder = options.output / folder_of(cpu)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**header, "sides": sides}, indent=1)
     (folder / f"{name}-cpu.json").write_text(text + "\n")
     print(text, flush=True)
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    names = (line.split(": ")[1].strip() for line in _cpu_info() if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def folder_of(processor: str) -> str:
+    """The folder of a processor's results."""
+    return processor.lower().replace("(r)", "").replace(" ", "-")
 
 
 def _cpu_info() -> list[str]:

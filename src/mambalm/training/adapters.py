@@ -1,0 +1,132 @@
+"""Fine-tuning with LoRA, on weights as they are or in 4 bits (QLoRA), for recipes and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mambalm.models.adapters import AdapterReport, attach_adapter
+from mambalm.models.common import MambalmForCausalLM
+from mambalm.models.formats import CheckpointError, detect
+from mambalm.models.formats.io import written_whole
+from mambalm.models.loading import FAMILIES, load, locate
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is put on a model.
+
+    Attributes:
+        rank, alpha, dropout: LoRA's; what an adapter adds is scaled by alpha / rank.
+        targets: last names of projections (in_proj, x_proj, dt_proj, out_proj, fc1, fc2); None takes all.
+        four_bits: keep the large projections beneath in bitsandbytes' NF4; x_proj, dt_proj, the convolution, embeddings
+            and head stay as they are.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    targets: Sequence[str] | None = None
+    four_bits: bool = False
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model with adapters.
+
+    Attributes:
+        model: the model itself, its projections wrapped in place; only adapters have ``requires_grad``.
+        peft: PEFT's view of it, which saves the adapters alone.
+        report: what is covered.
+    """
+
+    model: MambalmForCausalLM
+    peft: PeftModel
+    report: AdapterReport
+
+    def save(self, folder: Path) -> Path:
+        """Write the adapters, for `mambalm.models.load_adapter` and PEFT; the folder appears when it is complete.
+
+        Raises:
+            OSError: it could not be written; what the folder held is intact.
+        """
+        with written_whole(folder, overwrite=True) as incomplete:
+            self.peft.save_pretrained(str(incomplete))
+        return folder
+
+    def merged(self) -> MambalmForCausalLM:
+        """The model with the adapters added to its weights; the adapters are used up.
+
+        Raises:
+            ValueError: the weights beneath have 4 bits, which adding to them would round once more.
+        """
+        if getattr(self.model, "is_quantized", False):
+            raise ValueError(
+                "adapters on 4-bit weights are not merged: save them, and load them on the full checkpoint"
+            )
+        merged = self.peft.merge_and_unload()
+        assert isinstance(merged, MambalmForCausalLM)
+        return merged
+
+
+def start(
+    path_or_hub_id: str, adapter: Adapter, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Adapted:
+    """Load a checkpoint and put adapters on it; they are float32, the weights beneath are frozen.
+
+    Args:
+        path_or_hub_id: as for `mambalm.load`; with ``four_bits`` a folder or repository in transformers' format.
+        adapter: what is put on it.
+        device: where it runs.
+        dtype: of the weights beneath; None keeps each one's in the file.
+
+    Raises:
+        CheckpointError: the checkpoint does not load, or is not in transformers' format and is to be in 4 bits.
+        ValueError: a target that matches no projection.
+        ImportError: PEFT or, for 4 bits, bitsandbytes is not installed.
+    """
+    import peft
+
+    if adapter.four_bits:
+        model = _four_bits(path_or_hub_id, device, dtype)
+    else:
+        model = load(path_or_hub_id, dtype=dtype, device=device)
+    config = peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=None if adapter.targets is None else list(adapter.targets),
+        task_type="CAUSAL_LM",
+    )
+    adapted, report = attach_adapter(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return Adapted(model, adapted, report)
+
+
+def _four_bits(path_or_hub_id: str, device: torch.device | str, dtype: torch.dtype | None) -> MambalmForCausalLM:
+    from transformers import BitsAndBytesConfig
+
+    format, source = detect(locate(path_or_hub_id))
+    if format.NAME != "transformers":
+        raise CheckpointError(
+            f"{source.folder} is in {format.NAME}'s format, and 4 bits are made of transformers': rewrite it with "
+            "`mambalm convert`"
+        )
+    family = FAMILIES[type(format.read(source).config)]
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.bfloat16
+    )
+    model = family.from_pretrained(
+        source.folder, quantization_config=how, dtype=dtype or "auto", device_map={"": torch.device(device)}
+    )
+    assert isinstance(model, MambalmForCausalLM)
+    return model
