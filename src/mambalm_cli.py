@@ -17,6 +17,7 @@ import typer
 from typer.main import get_command
 
 COMMANDS = {
+    "benchmark": "Measure speed and memory of whole models, beside a Transformer of the same size.",
     "chat": "Talk with a model; conversations can be undone, saved and loaded.",
     "convert": "Rewrite a checkpoint in another format, without loss.",
     "doctor": "Print versions, devices and which backend each op would run on.",
@@ -62,8 +63,10 @@ def _forward(name: str) -> Callable[[typer.Context], None]:
     def run(ctx: typer.Context) -> None:
         _quieten()
         try:
-            real = typer.Typer(add_completion=False)
-            real.command()(getattr(import_module(f"mambalm.cli.{name}"), name))
+            real = getattr(import_module(f"mambalm.cli.{name}"), name)
+            if not isinstance(real, typer.Typer):
+                command, real = real, typer.Typer(add_completion=False)
+                real.command()(command)
             get_command(real).main(args=ctx.args, prog_name=f"mambalm {name}")
         except MENDABLE as error:
             if ctx.obj:

@@ -1,0 +1,134 @@
+"""The figures of the benchmarks, as PNGs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mambalm.diagnostics.benchmark.measuring import GIB
+from mambalm.training.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Result = Mapping[str, Any]
+
+
+def draw(kind: str, report: Result, path: Path) -> None:
+    """Draw a report, as it stands in the JSON file, into a PNG that is replaced atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _DRAWN[kind](left, right, report)
+    environment = report["environment"]
+    figure.suptitle(f"{environment['device']}, torch {environment['versions']['torch']}", fontsize=9)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _memory(left: Axes, right: Axes, report: Result) -> None:
+    """The longest prompt as bars; the peak of memory against the prompt's length."""
+    cap = report["settings"]["memory_gib"]
+    bars = [
+        (f"{model['name']}\n{mode['mode']}", mode, f"C{index}")
+        for index, model in enumerate(report["models"])
+        for mode in model["modes"]
+        if "longest" in mode
+    ]
+    for at, (_, mode, color) in enumerate(bars):
+        left.barh(at, max(mode["longest"], 1), color=color)
+        sign = "" if mode["stopped_by"] == "memory" else "≥ "
+        left.annotate(f" {sign}{_short(mode['longest'])}", (max(mode["longest"], 1), at), va="center", fontsize=7)
+    left.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=6)
+    left.set_xscale("log", base=2)
+    left.set_xlim(left=report["settings"]["shortest"] / 2, right=8 * report["settings"]["longest"])
+    left.invert_yaxis()
+    left.set(xlabel=f"longest prompt in {cap:g} GiB (≥: not stopped by memory)")
+    styles = dict(zip(("parallel", "chunked", "token by token"), ("-", "--", ":"), strict=True))
+    for label, mode, color in bars:
+        lengths = [row["length"] for row in mode["lengths"]]
+        peaks = [row["peak_bytes"] / GIB for row in mode["lengths"]]
+        style = styles[mode["mode"]]
+        right.plot(lengths, peaks, style, color=color, marker=".", label=label.replace("\n", ", "))
+    right.axhline(cap, color="0.5", linewidth=0.8)
+    right.set_xscale("log", base=2)
+    right.set(xlabel="prompt", ylabel="peak memory, GiB", ylim=(0, 1.1 * cap))
+    right.legend(fontsize=6)
+
+
+def _throughput(left: Axes, right: Axes, report: Result) -> None:
+    """Speed and memory against the number of tokens written: lines where all were, markers where it was sampled."""
+    for index, model in enumerate(report["models"]):
+        color, sampled = f"C{index}", [row for row in model["sampled"] if "ms_per_token" in row]
+        whole = (model["whole"] or [])[1:]
+        for axes, value in ((left, _speed), (right, _peak)):
+            line = "" if whole else ":"
+            axes.plot(
+                *_points(sampled, value), f"o{line}", color=color, label=f"{model['name']}, sampled", markersize=4
+            )
+            if whole:
+                axes.plot(*_points(whole, value), color=color, label=f"{model['name']}, written")
+    left.set(xlabel="tokens written", ylabel="tokens per second, batch 1", ylim=(0, None))
+    right.set(xlabel="tokens written", ylabel="peak memory, GiB", ylim=(0, None))
+    left.legend(fontsize=7)
+
+
+def _generate(left: Axes, right: Axes, report: Result) -> None:
+    """Time to the first token, and time per token."""
+    names = [model["name"] for model in report["models"]]
+    panels = ((left, "prompt_seconds", 1000.0, "ms to the first token"), (right, "decode_ms_per_token", 1.0, "ms"))
+    for axes, key, scale, label in panels:
+        values = [scale * model[key] for model in report["models"]]
+        bars = axes.bar(range(len(names)), values, color=[f"C{index}" for index in range(len(names))])
+        axes.bar_label(bars, fmt="%.3g")
+        axes.set_xticks(range(len(names)), names, fontsize=7)
+        axes.set(ylabel=label if axes is left else "ms per token after it")
+
+
+def _restore(left: Axes, right: Axes, report: Result) -> None:
+    """Milliseconds of saving and restoring, and the file's size."""
+    names = [model["name"] for model in report["models"]]
+    for offset, key in ((-0.2, "save_seconds"), (0.2, "restore_seconds")):
+        values = [1000 * model[key] for model in report["models"]]
+        bars = left.bar([at + offset for at in range(len(names))], values, 0.4, label=key.removesuffix("_seconds"))
+        left.bar_label(bars, fmt="%.3g")
+    left.set(ylabel="ms")
+    left.legend()
+    right.bar(range(len(names)), [model["file_bytes"] / 2**20 for model in report["models"]])
+    right.set(ylabel="state file, MiB")
+    for axes in (left, right):
+        axes.set_xticks(range(len(names)), names, fontsize=7)
+
+
+_DRAWN: dict[str, Callable[[Any, Any, Result], None]] = {
+    "generate": _generate,
+    "memory": _memory,
+    "restore": _restore,
+    "throughput": _throughput,
+}
+
+
+def _speed(row: Result) -> float:
+    return float(row["tokens_per_second"])
+
+
+def _peak(row: Result) -> float:
+    return float(row["peak_bytes"]) / GIB
+
+
+def _points(rows: Sequence[Result], value: Callable[[Result], float]) -> tuple[list[int], list[float]]:
+    return [row["position"] for row in rows], [value(row) for row in rows]
+
+
+def _short(count: int) -> str:
+    """A power of two as 64k or 1M."""
+    for unit, letter in ((2**20, "M"), (2**10, "k")):
+        if count >= unit:
+            return f"{count // unit}{letter}"
+    return str(count)

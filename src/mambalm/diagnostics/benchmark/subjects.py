@@ -1,0 +1,251 @@
+"""What is measured: a model of mambalm's or of transformers', behind one interface that reads and writes tokens."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambalm.generation import Settings, decode, read, step
+from mambalm.layers.state import State
+from mambalm.models.shapes import random_model, shape, similar_transformer
+
+Heard = Callable[[list[int]], None]
+
+
+class Run(ABC):
+    """A batch of rows on its way: what a model has read, and where.
+
+    Attributes:
+        position: tokens that each row has read.
+    """
+
+    def __init__(self, subject: Subject, batch: int) -> None:
+        self.subject, self.batch, self.position = subject, batch, 0
+
+    def read(self, count: int, chunk_size: int | None = None) -> None:
+        """Read that many random tokens per row, so many at once; None: all of them."""
+        left, generator = count, torch.Generator().manual_seed(self.position)
+        while left:
+            size = min(left, chunk_size or left)
+            ids = torch.randint(self.subject.vocabulary, (self.batch, size), generator=generator)
+            self._read(ids.to(self.subject.device))
+            self.position += size
+            left -= size
+
+    @abstractmethod
+    def _read(self, ids: Tensor) -> None:
+        """Read (b, l) tokens in one call."""
+
+    @abstractmethod
+    def write(self, count: int) -> Iterator[None]:
+        """Write the likeliest tokens, and read each: an item per token; the device may still be at work on it."""
+
+
+class Subject(ABC):
+    """A model to measure.
+
+    Attributes:
+        name: what the user calls it.
+        model: the model, in eval mode.
+        reads_in_chunks: whether a prompt can be read in pieces.
+        is_recurrent: whether it has a state of fixed size, and no cache that grows.
+    """
+
+    reads_in_chunks = True
+    is_recurrent = True
+
+    def __init__(self, name: str, model: Any) -> None:
+        self.name, self.model = name, model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self.model.device)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return int(self.model.config.vocab_size)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def describe(self) -> dict[str, Any]:
+        """What the JSON file says of the model."""
+        config = self.model.config
+        kind = type(self.model)
+        return {
+            "name": self.name,
+            "class": f"{kind.__module__.partition('.')[0]}.{kind.__name__}",
+            "parameters": self.parameters,
+            "weights_bytes": sum(parameter.nbytes for parameter in self.model.parameters()),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "hidden_size": config.hidden_size,
+            "layers": config.num_hidden_layers,
+            "vocabulary": self.vocabulary,
+        }
+
+    @abstractmethod
+    def begin(self, batch: int) -> Run:
+        """A run that has read nothing."""
+
+    @abstractmethod
+    def generate(self, prompts: Tensor, settings: Settings, heard: Heard) -> None:
+        """Continue prompts (b, l) by `max_new_tokens`; `heard` is called with each new token of all rows."""
+
+
+class _MambalmRun(Run):
+    def __init__(self, subject: Subject, batch: int) -> None:
+        super().__init__(subject, batch)
+        self._state: State = subject.model.init_state(batch)
+        self._logits: Tensor | None = None
+
+    def _read(self, ids: Tensor) -> None:
+        self._logits, self._state = read(self.subject.model, list(ids), self._state, chunk_size=ids.shape[1])
+
+    def write(self, count: int) -> Iterator[None]:
+        assert self._logits is not None, "something was read"
+        for _ in range(count):
+            self._logits, self._state = step(self.subject.model, self._logits.argmax(-1), self._state)
+            self.position += 1
+            yield
+
+
+class MambalmSubject(Subject):
+    """A model of mambalm, run as `mambalm generate` does."""
+
+    def begin(self, batch: int) -> Run:
+        """See `Subject`."""
+        return _MambalmRun(self, batch)
+
+    def generate(self, prompts: Tensor, settings: Settings, heard: Heard) -> None:
+        """See `Subject`."""
+        row = list[int]()
+        for _, token in decode(self.model, list(prompts), settings):
+            row.append(token)
+            if len(row) == len(prompts):
+                heard(row)
+                row = []
+
+
+class _TransformersRun(Run):
+    def __init__(self, subject: Subject, batch: int) -> None:
+        super().__init__(subject, batch)
+        arguments = inspect.signature(subject.model.forward).parameters
+        self._name = "cache_params" if "cache_params" in arguments else "past_key_values"
+        self._cache: Any = None
+        self._logits: Tensor | None = None
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor) -> None:
+        output = self.subject.model(ids, use_cache=True, logits_to_keep=1, **{self._name: self._cache})
+        self._logits, self._cache = output.logits[:, -1], getattr(output, self._name)
+
+    def write(self, count: int) -> Iterator[None]:
+        assert self._logits is not None, "something was read"
+        for _ in range(count):
+            self._read(self._logits.argmax(-1)[:, None])
+            self.position += 1
+            yield
+
+
+class TransformersSubject(Subject):
+    """Any causal language model of transformers: its own cache, and for single steps no more than its forward pass."""
+
+    def __init__(self, name: str, model: Any) -> None:
+        super().__init__(name, model)
+        # Stock recurrent models (Mamba, FalconMamba) forget their state when several tokens follow it.
+        self.is_recurrent = bool(getattr(model, "_is_stateful", False))
+        self.reads_in_chunks = not self.is_recurrent
+        model.generation_config.eos_token_id = None
+
+    def describe(self) -> dict[str, Any]:
+        """See `Subject`; and which attention runs."""
+        attention = getattr(self.model.config, "_attn_implementation", None)
+        return {**super().describe(), "attention": None if self.is_recurrent else attention}
+
+    def begin(self, batch: int) -> Run:
+        """See `Subject`."""
+        return _TransformersRun(self, batch)
+
+    def generate(self, prompts: Tensor, settings: Settings, heard: Heard) -> None:
+        """By transformers' own `generate`."""
+        from transformers import StoppingCriteria, StoppingCriteriaList
+
+        class Listener(StoppingCriteria):
+            def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+                row = input_ids[:, -1].tolist()
+                heard(row)
+                return torch.zeros(len(row), dtype=torch.bool, device=input_ids.device)
+
+        chosen = settings.sampling
+        sampled = {"temperature": chosen.temperature, "top_p": chosen.top_p, "min_p": chosen.min_p}
+        if settings.seed is not None:
+            torch.manual_seed(int(settings.seed))
+        self.model.generate(
+            prompts.to(self.device),
+            attention_mask=torch.ones_like(prompts, device=self.device),
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=chosen.temperature > 0,
+            repetition_penalty=chosen.repetition_penalty,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([Listener()]),
+            **({**sampled, "top_k": chosen.top_k} if chosen.temperature > 0 else {}),
+        )
+
+
+def checkpoint_subject(
+    path_or_hub_id: str, dtype: torch.dtype | None, device: torch.device, *, transformers: bool = False
+) -> Subject:
+    """A checkpoint: in mambalm's class if it has one and `transformers` does not ask for that library's own.
+
+    Raises:
+        ValueError: nobody can load it.
+    """
+    import mambalm
+
+    # A model_type of another family is transformers' to load.
+    if not transformers and not _is_foreign(path_or_hub_id):
+        return MambalmSubject(path_or_hub_id, mambalm.load(path_or_hub_id, dtype=dtype, device=device))
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path_or_hub_id, dtype=dtype or "auto")
+    return TransformersSubject(f"{path_or_hub_id} (transformers)", model.to(device).eval())
+
+
+def _is_foreign(path_or_hub_id: str) -> bool:
+    from transformers import AutoConfig
+
+    from mambalm.models.loading import FAMILIES
+
+    try:
+        config = AutoConfig.from_pretrained(path_or_hub_id)
+    except (OSError, ValueError, KeyError):
+        return False  # no configuration of transformers', or mambalm's own
+    return type(config) not in FAMILIES
+
+
+def random_subject(name: str, dtype: torch.dtype, device: torch.device, *, transformers: bool = False) -> Subject:
+    """A published model's shape with random weights.
+
+    Raises:
+        ValueError: there is no shape of that name.
+    """
+    config = shape(name)
+    if transformers:
+        return TransformersSubject(f"{name} (transformers)", random_model(config, dtype, device, transformers=True))
+    return MambalmSubject(name, random_model(config, dtype, device))
+
+
+def transformer_beside(subject: Subject) -> Subject:
+    """transformers' Llama class with random weights, as large as the subject, with its vocabulary, dtype and device."""
+    config = similar_transformer(subject.model.config, subject.parameters)
+    name = f"Transformer beside {subject.name}"
+    return TransformersSubject(name, random_model(config, subject.model.dtype, subject.device))
