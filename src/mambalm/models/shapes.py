@@ -92,8 +92,8 @@ def random_model(
 
     mambalm's class if it has one for the configuration and `transformers` does not ask for that library's own.
     """
-    families = {family.config_class: family for family in LANGUAGE_MODELS}
-    family: Any = None if transformers else families.get(type(config))
+    families: dict[type, Any] = {family.config_class: family for family in LANGUAGE_MODELS}
+    family = None if transformers else families.get(type(config))
     with torch.device(device):
         if family is None:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)

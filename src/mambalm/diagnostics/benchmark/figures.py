@@ -46,7 +46,7 @@ def _memory(left: Axes, right: Axes, report: Result) -> None:
         sign = "" if mode["stopped_by"] == "memory" else "≥ "
         left.annotate(f" {sign}{_short(mode['longest'])}", (max(mode["longest"], 1), at), va="center", fontsize=7)
     left.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=6)
-    left.set_xscale("log", base=2)
+    _powers_of_two(left)
     left.set_xlim(left=report["settings"]["shortest"] / 2, right=8 * report["settings"]["longest"])
     left.invert_yaxis()
     left.set(xlabel=f"longest prompt in {cap:g} GiB (≥: not stopped by memory)")
@@ -57,8 +57,8 @@ def _memory(left: Axes, right: Axes, report: Result) -> None:
         style = styles[mode["mode"]]
         right.plot(lengths, peaks, style, color=color, marker=".", label=label.replace("\n", ", "))
     right.axhline(cap, color="0.5", linewidth=0.8)
-    right.set_xscale("log", base=2)
-    right.set(xlabel="prompt", ylabel="peak memory, GiB", ylim=(0, 1.1 * cap))
+    _powers_of_two(right)
+    right.set(xlabel="tokens of the prompt", ylabel="peak memory, GiB", ylim=(0, 1.1 * cap))
     right.legend(fontsize=6)
 
 
@@ -112,6 +112,11 @@ _DRAWN: dict[str, Callable[[Any, Any, Result], None]] = {
     "restore": _restore,
     "throughput": _throughput,
 }
+
+
+def _powers_of_two(axes: Axes) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: _short(int(value)))
 
 
 def _speed(row: Result) -> float:

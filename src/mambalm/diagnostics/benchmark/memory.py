@@ -96,7 +96,7 @@ class _Search:
         return {"mode": self._mode, "longest": longest, "stopped_by": stopped, "lengths": rows}
 
     def _expected(self, rows: list[dict[str, Any]]) -> float:
-        """Seconds of the next length at least: twice those of the last, unless it is to be sampled for the first time."""
+        """Seconds of the next length at least: twice those of the last, unless from now on it is sampled."""
         last = rows[-1] if rows else {"seconds": 0.0}
         return 0.0 if last.get("sampled") is False else 2 * last["seconds"]
 
@@ -124,9 +124,10 @@ class _Search:
         self.run = self.run or self._subject.begin(1)
         if not self.run.position:
             self.run.read(1)
-            self._write(min(8, length - 1))
+            for _ in range(2):  # the first compiles and captures
+                self._write(min(8, length // 4))
         count = length - self.run.position
-        sampled = count > self._limits.steps and self._seconds_per_step * count > self._left() / 2
+        sampled = count > self._limits.steps and self._seconds_per_step * count > self._left() / 8
         if sampled:
             if not self._subject.reads_in_chunks:
                 return {}

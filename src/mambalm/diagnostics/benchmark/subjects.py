@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mambalm.generation import Settings, decode, read, step
+from mambalm.generation import Engine, Settings, read
 from mambalm.layers.state import State
 from mambalm.models.shapes import random_model, shape, similar_transformer
 
@@ -102,24 +102,38 @@ class Subject(ABC):
 
 
 class _MambalmRun(Run):
-    def __init__(self, subject: Subject, batch: int) -> None:
+    def __init__(self, subject: MambalmSubject, batch: int) -> None:
         super().__init__(subject, batch)
+        self._engine = subject.engine
         self._state: State = subject.model.init_state(batch)
         self._logits: Tensor | None = None
 
     def _read(self, ids: Tensor) -> None:
-        self._logits, self._state = read(self.subject.model, list(ids), self._state, chunk_size=ids.shape[1])
+        # Chunks end at multiples of their size, so that nothing is cut off before this one.
+        whole = self.position + ids.shape[1]
+        self._logits, self._state = read(self.subject.model, list(ids), self._state, chunk_size=whole)
 
     def write(self, count: int) -> Iterator[None]:
         assert self._logits is not None, "something was read"
+        reader, logits = self._engine.reader(self._state), self._logits
         for _ in range(count):
-            self._logits, self._state = step(self.subject.model, self._logits.argmax(-1), self._state)
+            logits = reader(logits.argmax(-1))
             self.position += 1
             yield
+        # The reader's own logits are overwritten by its next call.
+        self._logits, self._state = logits.clone(), reader.state()
 
 
 class MambalmSubject(Subject):
     """A model of mambalm, run as `mambalm generate` does."""
+
+    def __init__(self, name: str, model: Any) -> None:
+        super().__init__(name, model)
+        self.engine = Engine(model)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Subject`; and how a step runs."""
+        return {**super().describe(), "step": self.engine.explain()}
 
     def begin(self, batch: int) -> Run:
         """See `Subject`."""
@@ -128,8 +142,8 @@ class MambalmSubject(Subject):
     def generate(self, prompts: Tensor, settings: Settings, heard: Heard) -> None:
         """See `Subject`."""
         row = list[int]()
-        for _, token in decode(self.model, list(prompts), settings):
-            row.append(token)
+        for token in self.engine.generate(list(prompts), settings):
+            row.append(token.id)
             if len(row) == len(prompts):
                 heard(row)
                 row = []
@@ -187,8 +201,8 @@ class TransformersSubject(Subject):
 
         chosen = settings.sampling
         sampled = {"temperature": chosen.temperature, "top_p": chosen.top_p, "min_p": chosen.min_p}
-        if settings.seed is not None:
-            torch.manual_seed(int(settings.seed))
+        if isinstance(settings.seed, int):
+            torch.manual_seed(settings.seed)
         self.model.generate(
             prompts.to(self.device),
             attention_mask=torch.ones_like(prompts, device=self.device),
@@ -217,7 +231,7 @@ def checkpoint_subject(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path_or_hub_id, dtype=dtype or "auto")
-    return TransformersSubject(f"{path_or_hub_id} (transformers)", model.to(device).eval())
+    return TransformersSubject(f"{path_or_hub_id} (transformers)", nn.Module.to(model, device).eval())
 
 
 def _is_foreign(path_or_hub_id: str) -> bool:
