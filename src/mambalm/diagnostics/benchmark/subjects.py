@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mambalm.generation import Engine, Settings, read
 from mambalm.layers.state import State
+from mambalm.models.loading import FAMILIES, load
 from mambalm.models.shapes import random_model, shape, similar_transformer
 
 Heard = Callable[[list[int]], None]
@@ -223,11 +224,9 @@ def checkpoint_subject(
     Raises:
         ValueError: nobody can load it.
     """
-    import mambalm
-
     # A model_type of another family is transformers' to load.
     if not transformers and not _is_foreign(path_or_hub_id):
-        return MambalmSubject(path_or_hub_id, mambalm.load(path_or_hub_id, dtype=dtype, device=device))
+        return MambalmSubject(path_or_hub_id, load(path_or_hub_id, dtype=dtype, device=device))
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path_or_hub_id, dtype=dtype or "auto")
@@ -236,8 +235,6 @@ def checkpoint_subject(
 
 def _is_foreign(path_or_hub_id: str) -> bool:
     from transformers import AutoConfig
-
-    from mambalm.models.loading import FAMILIES
 
     try:
         config = AutoConfig.from_pretrained(path_or_hub_id)

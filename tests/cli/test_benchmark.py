@@ -1,0 +1,75 @@
+"""`mambalm benchmark`: the files that each command writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner, Result
+
+import mambalm_cli
+
+SHORT = {
+    "generate": ("--prompt-length", "5", "--genlen", "3", "--repeats", "1", "--batch", "2"),
+    "memory": ("--memory-gib", "1.5", "--shortest", "16", "--longest", "32", "--mode", "chunked", "--mode", "parallel"),
+    "throughput": ("--tokens", "140", "--steps", "4"),
+    "restore": ("--length", "20", "--repeats", "1"),
+}
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(mambalm_cli.app, ["benchmark", *map(str, arguments)])
+
+
+def measured(path: Path) -> dict[str, Any]:
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    assert found["environment"]["commit"]
+    return found
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_each_command_writes_json_and_a_figure(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "found.json"
+    result = call(kind, tiny_checkpoint, *SHORT[kind], "--device", "cpu", "-o", output)
+    assert result.exit_code == 0, result.output
+    found = measured(output)
+    assert found["benchmark"] == kind
+    classes = [model["class"] for model in found["models"]]
+    assert classes == ["mambalm.MambaForCausalLM", "transformers.LlamaForCausalLM"][: 1 if kind == "restore" else 2]
+    assert len({model["vocabulary"] for model in found["models"]}) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["found.json", "found.png"]
+
+
+def test_a_text_is_continued(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "found.json"
+    options = ("--prompt", "the quick", "--genlen", "4", "--no-beside", "--device", "cpu", "-o", output)
+    assert call("generate", tiny_checkpoint, *options).exit_code == 0
+    (model,) = measured(output)["models"]
+    assert model["text"]
+    assert model["prompt_length"] < 9
+
+
+def test_any_model_of_transformers(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "llama")
+    output = tmp_path / "found.json"
+    result = call("throughput", tmp_path / "llama", *SHORT["throughput"], "--device", "cpu", "-o", output)
+    assert result.exit_code == 0, result.output
+    assert [model["class"] for model in measured(output)["models"]] == ["transformers.LlamaForCausalLM"]
+
+
+def test_nothing_to_measure_is_told() -> None:
+    for arguments, message in {
+        ("generate",): "name a MODEL, or a shape with --random",
+        ("generate", "--random", "mamba-3b", "--device", "cpu"): "there is no shape 'mamba-3b'",
+        ("generate", "--random", "mamba-130m", "--prompt", "hello"): "--prompt needs a tokenizer",
+    }.items():
+        result = call(*arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
