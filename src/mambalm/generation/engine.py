@@ -149,18 +149,21 @@ class Engine:
             ValueError: see `read`.
         """
         logits, state = read(self.model, prompts, state, chunk_size=settings.chunk_size)
+        copied = torch.arange(len(prompts), device=logits.device).repeat_interleave(settings.copies)
+        if settings.copies > 1:
+            logits, state = logits[copied], state.index(copied)
         seen = None
         if settings.sampling.penalizes:
             seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            for row, prompt in enumerate(prompts):
-                seen[row, prompt.to(seen.device)] = True
-        if settings.copies > 1:
-            copied = torch.arange(len(prompts), device=logits.device).repeat_interleave(settings.copies)
-            logits, state, seen = logits[copied], state.index(copied), None if seen is None else seen[copied]
-        count = len(logits)
-        sampling, seeds = [settings.sampling] * count, settings.seeds(count)
-        chooser = Chooser.of(sampling, seeds, seen, device=logits.device, logprobs=settings.logprobs)
+            for row, prompt in zip(seen, (prompts[i] for i in copied.tolist()), strict=True):
+                row[prompt.to(seen.device)] = True
+        chooser = self.chooser(len(logits), settings, seen)
         yield from self.go_on(logits, state, chooser, settings, is_finished)
+
+    def chooser(self, rows: int, settings: Settings, seen: Tensor | None = None) -> Chooser:
+        """What chooses the tokens of so many rows; see `Chooser.of` for the tokens `seen`."""
+        sampling, seeds = [settings.sampling] * rows, settings.seeds(rows)
+        return Chooser.of(sampling, seeds, seen, device=self.model.device, logprobs=settings.logprobs)
 
     def go_on(
         self,

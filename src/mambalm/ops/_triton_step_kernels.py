@@ -40,48 +40,60 @@ def _fetch(matrix, rows, valid, K: tl.constexpr, BLOCK: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _fetch_vector(vector, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    parts = ()
-    for start in tl.static_range(0, K, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        part = tl.load(vector + columns, mask=columns < K, other=0.0).to(tl.float32)
-        parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
-    return parts
+def _across(vector, columns, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A piece of a vector (K), repeated (ROWS, BLOCK): every thread loads what it needs for its part of a matrix, since
+    exchanging it between threads would take barriers."""
+    at = tl.broadcast_to((vector + columns)[None, :], (ROWS, BLOCK))
+    mask = tl.broadcast_to((columns < K)[None, :], (ROWS, BLOCK))
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _product(tiles, x, scale, eps, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
     """The tiles times x (K), which is normalised and scaled first with NORM."""
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    squares = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in tl.static_range((K + BLOCK - 1) // BLOCK):
         columns = i * BLOCK + tl.arange(0, BLOCK)
-        part = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
+        part = _across(x, columns, K, ROWS, BLOCK)
         if NORM:
             squares += part * part
-            part = part * scale[i]
-        total += tiles[i].to(tl.float32) * part[None, :]
+            part = part * _across(scale, columns, K, ROWS, BLOCK)
+        total += tiles[i].to(tl.float32) * part
     y = tl.sum(total, 1)
     if NORM:
-        y = y * tl.rsqrt(tl.sum(squares) / K + eps)
+        y = y * tl.rsqrt(tl.sum(squares, 1) / K + eps)
     return y
 
 
 @triton.jit
-def _convolved(x, channel, on, row, state, weight, bias, channels, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """silu of the convolution at channels (any shape) whose newest input is x; the state (b, d, TAPS - 1) moves on."""
-    x = x.to(state.dtype.element_ty).to(tl.float32)
-    y = x * tl.load(weight + channel * TAPS + TAPS - 1, mask=on, other=0.0).to(tl.float32)
-    if bias is not None:
-        y += tl.load(bias + channel, mask=on, other=0.0).to(tl.float32)
+def _fetch_taps(channel, inside, on, row, state, weight, bias, channels, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a convolution needs beside the newest input: the inputs before it at (channel, row), weights and bias."""
+    older, taps = (), ()
     kept = state + (row.to(tl.int64) * channels + channel) * (TAPS - 1)
     for tap in tl.static_range(TAPS - 1):
-        older = tl.load(kept + tap, mask=on, other=0.0)
-        y += older.to(tl.float32) * tl.load(weight + channel * TAPS + tap, mask=on, other=0.0).to(tl.float32)
+        older = older + (tl.load(kept + tap, mask=on, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    for tap in tl.static_range(TAPS):
+        part = tl.load(weight + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
+        taps = taps + (part,)  # type: ignore[assignment]  # noqa: RUF005
+    shift = tl.zeros_like(taps[0])  # type: ignore[misc]
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    return older, taps, shift
+
+
+@triton.jit
+def _convolved(x, older, taps, shift, channel, on, row, state, channels, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """silu of the convolution at channels whose newest input is x; the state (b, d, TAPS - 1) moves on."""
+    newest = x.to(state.dtype.element_ty)
+    y = shift + newest.to(tl.float32) * taps[TAPS - 1]
+    kept = state + (row.to(tl.int64) * channels + channel) * (TAPS - 1)
+    for tap in tl.static_range(TAPS - 1):
+        y += older[tap].to(tl.float32) * taps[tap]
         if tap > 0:
-            tl.store(kept + tap - 1, older, mask=on)
+            tl.store(kept + tap - 1, older[tap], mask=on)
     if TAPS > 1:
-        tl.store(kept + TAPS - 2, x.to(state.dtype.element_ty), mask=on)
+        tl.store(kept + TAPS - 2, newest, mask=on)
     return y * sigmoid(y)
 
 
@@ -108,14 +120,14 @@ def enter_one(  # type: ignore[no-untyped-def]
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < 2 * channels
     tiles = _fetch(weight, rows, valid, K, BLOCK)
-    scales = _fetch_vector(scale, K, BLOCK)
+    inner = rows < channels
+    older, taps, shift = _fetch_taps(rows, inner, inner, rows * 0, conv_state, conv_weight, conv_bias, channels, TAPS)
     _wait(OVERLAP)
-    y = _product(tiles, x, scales, eps, K, BLOCK, ROWS, True)
+    y = _product(tiles, x, scale, eps, K, BLOCK, ROWS, True)
     if bias is not None:
         y += tl.load(bias + rows, mask=valid, other=0.0).to(tl.float32)
-    inner = rows < channels
     if tl.program_id(0) * ROWS < channels:
-        gated = _convolved(y, rows, inner, rows * 0, conv_state, conv_weight, conv_bias, channels, TAPS)
+        gated = _convolved(y, older, taps, shift, rows, inner, rows * 0, conv_state, channels, TAPS)
         tl.store(u + rows, gated.to(u.dtype.element_ty), mask=inner)
     tl.store(z + rows - channels, y.to(z.dtype.element_ty), mask=valid & (rows >= channels))
 
@@ -131,8 +143,7 @@ def split_one(  # type: ignore[no-untyped-def]
     mask = valid[:, None] & (columns < K)[None, :]
     tile = tl.load(weight + rows[:, None] * K + columns[None, :], mask=mask, other=0.0)
     _wait(OVERLAP)
-    part = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
-    y = tl.sum(tile.to(tl.float32) * part[None, :], 1)
+    y = tl.sum(tile.to(tl.float32) * _across(x, columns, K, ROWS, BLOCK), 1)
     tl.store(shares + tl.program_id(1) * rows_total + rows, y, mask=valid)
 
 
@@ -156,15 +167,13 @@ def project_one(  # type: ignore[no-untyped-def]
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < rows_total
     tiles = _fetch(weight, rows, valid, K, BLOCK)
-    scales = ()
-    if NORM:
-        scales = _fetch_vector(scale, K, BLOCK)
-    _wait(OVERLAP)
-    result = _product(tiles, x, scales, eps, K, BLOCK, ROWS, NORM)
+    before = tl.zeros((ROWS,), tl.float32)
     if bias is not None:
-        result += tl.load(bias + rows, mask=valid, other=0.0).to(tl.float32)
+        before += tl.load(bias + rows, mask=valid, other=0.0).to(tl.float32)
+    _wait(OVERLAP)
     if ADD:
-        result += tl.load(y + rows, mask=valid, other=0.0).to(tl.float32)
+        before += tl.load(y + rows, mask=valid, other=0.0).to(tl.float32)
+    result = before + _product(tiles, x, scale, eps, K, BLOCK, ROWS, NORM)
     tl.store(y + rows, result.to(y.dtype.element_ty), mask=valid)
 
 
@@ -217,6 +226,9 @@ def scan(  # type: ignore[no-untyped-def]
     _wait(OVERLAP)
     for i in tl.static_range(ROWS):
         row = first + i
+        at = row.to(tl.int64) * channels + channel
+        x = tl.load(u + at, mask=inner, other=0.0).to(tl.float32)
+        gate = tl.load(z + at, mask=inner, other=0.0).to(tl.float32)
         low = _summed(shares, column, ranked, row, batch, width, SHARES, MOST)
         B = _summed(shares, RANK + n, kept, row, batch, width, SHARES, MOST)
         C = _summed(shares, RANK + N + n, kept, row, batch, width, SHARES, MOST)
@@ -226,9 +238,6 @@ def scan(  # type: ignore[no-untyped-def]
             C = C * tl.rsqrt(tl.sum(C * C) / N + eps)
         step = tl.sum(tile.to(tl.float32) * low[None, :], 1) + shift
         step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(step)))
-        at = row.to(tl.int64) * channels + channel
-        x = tl.load(u + at, mask=inner, other=0.0).to(tl.float32)
-        gate = tl.load(z + at, mask=inner, other=0.0).to(tl.float32)
         h = h * tl.exp2(step[:, None] * rate) + (step * x)[:, None] * B[None, :]
         tl.store(state + row.to(tl.int64) * channels * N + offset, h, mask=both)
         result = tl.sum(h * C[None, :], 1) + skip * x
@@ -322,8 +331,11 @@ def enter(  # type: ignore[no-untyped-def]
     inner = both & (rows < channels)[:, None]
     at = row.to(tl.int64)[None, :] * channels + rows[:, None]
     if tl.program_id(0) * TILE < channels:
-        channel = tl.broadcast_to(rows[:, None], (TILE, BATCH))
-        gated = _convolved(y, channel, inner, row[None, :], conv_state, conv_weight, conv_bias, channels, TAPS)
+        channel, line, inside = rows[:, None], row[None, :], (rows < channels)[:, None]
+        older, taps, shift = _fetch_taps(
+            channel, inside, inner, line, conv_state, conv_weight, conv_bias, channels, TAPS
+        )
+        gated = _convolved(y, older, taps, shift, channel, inner, line, conv_state, channels, TAPS)
         tl.store(u + at, gated.to(u.dtype.element_ty), mask=inner)
     tl.store(z + at - channels, y.to(z.dtype.element_ty), mask=both & (rows >= channels)[:, None])
 
