@@ -15,10 +15,13 @@ HIDDEN = (
     "datatrove",
     "hypothesis",
     "lm_eval",
+    "orjson",
     "peft",
+    "pyarrow",
     "pydantic",
     "torchao",
     "triton",
+    "zstandard",
 )
 
 EVERY_MODULE = f"""
