@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from benchmarks.__main__ import RESULTS
 from benchmarks.cpu import folder_of, processor
 from mambalm.data.documents import read_documents
 from mambalm.data.inputs import Reading
+from mambalm.data.mixture import Mixture, Source, open_stream
 from mambalm.data.tokenization import Tokenization, tokenize
 from mambalm.data.tokenizer import train_tokenizer
 
@@ -31,7 +32,7 @@ VOCABULARY = 32_768
 
 
 def main() -> None:
-    """Tokenise on one and on two processes, and write the results."""
+    """Tokenise on one and on two processes, read what they wrote, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenize", description=__doc__)
     parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -46,10 +47,14 @@ def main() -> None:
         for workers in options.workers:
             rows.append(measured(folder, workers))
             print(json.dumps(rows[-1]), flush=True)
+        reading = {
+            packing: read(folder / f"out{options.workers[0]}", packing) for packing in ("concatenated", "documents")
+        }
+    print(json.dumps(reading), flush=True)
     header = {"device": processor(), "tokenizers": version("tokenizers"), "vocabulary": VOCABULARY}
     target = options.output / folder_of(processor()) / "tokenize.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({**header, "runs": rows}, indent=1) + "\n")
+    target.write_text(json.dumps({**header, "runs": rows, "read_tokens_per_second": reading}, indent=1) + "\n")
 
 
 def sources(nbytes: int) -> Iterator[str]:
@@ -87,6 +92,15 @@ def measured(folder: Path, workers: int) -> dict[str, Any]:
         "MB_per_second": round(megabytes / seconds, 2),
         "MB_per_cpu_second": round(megabytes / used, 2),
     }
+
+
+def read(folder: Path, packing: Literal["concatenated", "documents"]) -> int:
+    """Tokens per second of samples of 2048, in the order of a run, by one process."""
+    stream = open_stream(Mixture([Source(str(folder))], packing, held_out=0.01), length=2048, tokenizer=None)
+    began = time.perf_counter()
+    for index in range(2000):
+        stream[index]
+    return round(2000 * stream.length / (time.perf_counter() - began))
 
 
 def _cpu_seconds() -> float:
