@@ -35,7 +35,9 @@ def read(
     convert_state: Annotated[bool, typer.Option(help="Accept a state of another device or dtype.")] = False,
     restart: Annotated[bool, typer.Option(help="Forget what a killed run had read.")] = False,
     checkpoint_seconds: Annotated[float, typer.Option(help="Time between two checkpoints.")] = 30.0,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens that are read at once.")] = 2048,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that are read at once; by default by the model and device.")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's folder or name; by default MODEL's.")] = None,

@@ -74,8 +74,8 @@ def _throughput(left: Axes, right: Axes, report: Result) -> None:
             )
             if whole:
                 axes.plot(*_points(whole, value), color=color, label=f"{model['name']}, written")
-    left.set(xlabel="tokens written", ylabel="tokens per second, batch 1", ylim=(0, None))
-    right.set(xlabel="tokens written", ylabel="peak memory, GiB", ylim=(0, None))
+    left.set(xlabel="tokens written", ylabel="tokens per second, batch 1", xlim=(0, None), ylim=(0, None))
+    right.set(xlabel="tokens written", ylabel="peak memory, GiB", xlim=(0, None), ylim=(0, None))
     left.legend(fontsize=7)
 
 
