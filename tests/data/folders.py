@@ -27,7 +27,7 @@ def write_folder(
             values = np.array([content_hash(np.array(d)) for d in documents], "<u8")
             (folder / f"{name}.hash").write_bytes(values.tobytes())
         sha = hashlib.sha256(tokens.tobytes()).hexdigest()
-        noted.append(Shard(name, len(documents), len(tokens), 4 * len(tokens), int(max(tokens, default=-1)), sha))
+        noted.append(Shard(name, len(documents), len(tokens), 4 * len(tokens), int(max(tokens, default=-1)), sha, ""))
     metadata = Metadata(vocab_size, "none", "0" * 16, 0, tuple(noted))
     (folder / METADATA).write_text(metadata.to_json())
     return folder

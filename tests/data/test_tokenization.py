@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -112,16 +113,33 @@ def test_kill_minus_nine(task: Tokenization, tokenizer_folder: str) -> None:
     path = Path(task.inputs[0])
     path.write_text(path.read_text() * 60)
     command = [sys.executable, "-m", "mambalm", "tokenize", str(path), "-o", str(task.folder), "--tokenizer"]
-    command += [tokenizer_folder, "--shard-megabytes", "1", "--workers", "1"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command += [tokenizer_folder, "--shard-megabytes", "1", "--workers", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENISING": str(task.folder)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while not list(task.folder.glob("*.ds")) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (task.folder / "tokens.json").exists()
+    # The workers end too, and write nothing behind the back of the next run.
+    end = time.monotonic() + 20
+    while (left := workers_on(str(task.folder))) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left
     subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
     assert verify(task.folder).documents == 60 * len(TEXTS)
+
+
+def workers_on(folder: str) -> list[str]:
+    """Spawned processes that were started for this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (path / "cmdline").read_bytes().decode(errors="replace")
+            environment = (path / "environ").read_bytes().decode(errors="replace")
+            if "spawn_main" in command and f"TOKENISING={folder}" in environment:
+                found.append(path.name)
+    return found
 
 
 def test_changed_inputs_are_noticed(task: Tokenization, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +174,7 @@ def test_nothing_is_left_half_written(task: Tokenization) -> None:
         (lambda folder: flip(folder / "000001.ds", 0, 1), "000001.ds differs from its checksum"),
         (lambda folder: flip(folder / "000001.ds", 1), "000001.ds holds token 6.*has 300"),
         (lambda folder: flip(folder / "000001.ds.index", 6), "000001.ds.index goes backwards"),
+        (lambda folder: flip(folder / "000001.ds.hash", 3), "000001.ds.index, 000001.ds.hash, .* is damaged"),
         (lambda folder: (folder / "000001.ds").unlink(), "000001.ds is missing"),
     ],
 )

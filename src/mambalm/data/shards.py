@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mambalm.data.token_files import (
+    COMPANIONS,
     METADATA,
     Metadata,
     Shard,
     TokenFileError,
+    companions_checksum,
     content_hash,
     open_shard,
     token_dtype,
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 STAGING = ".partial"
 # Of text that is encoded at once: enough for a batch, little beside a shard.
 _BATCH_CHARACTERS = 1 << 20
-_SUFFIXES = ("", ".index", ".hash", ".loss")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def write_shard(folder: Path, name: str, batches: Iterable[Encoded], vocab_size:
         file.close()
         (staging / f"{name}.hash").write_bytes(np.array(hashes, "<u8").tobytes())
         _publish(staging, folder, name)
-    shard = Shard(name, len(hashes), count, text_bytes, highest, sha.hexdigest())
+    checksums = sha.hexdigest(), companions_checksum(folder / name)
+    shard = Shard(name, len(hashes), count, text_bytes, highest, *checksums)
     note(folder, shard)
     return shard
 
@@ -145,6 +147,9 @@ def verify(folder: Path) -> Metadata:
             )
         if sha.hexdigest() != shard.sha256:
             raise TokenFileError(f"{path} differs from its checksum: it is damaged; tokenise or copy it again")
+        if companions_checksum(path) != shard.companions_sha256:
+            beside = ", ".join(f"{path.name}{suffix}" for suffix in COMPANIONS)
+            raise TokenFileError(f"one of {beside} in {folder} is damaged: tokenise or copy it again")
     return metadata
 
 
@@ -162,7 +167,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _publish(staging: Path, folder: Path, name: str) -> None:
-    for suffix in _SUFFIXES:
+    for suffix in ("", *COMPANIONS):
         written = staging / f"{name}{suffix}"
         if written.exists():
             with written.open("rb") as file:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 METADATA = "tokens.json"
 FORMAT = "mambalm-tokens-1"
+COMPANIONS = (".index", ".hash", ".loss")
 
 
 class TokenFileError(ValueError):
@@ -38,6 +39,7 @@ class Shard:
         text_bytes: of the text that was tokenised, in UTF-8, so that bits per byte can be computed.
         highest: the highest token; -1 if there is none.
         sha256: of the file of tokens, in hexadecimal.
+        companions_sha256: of the files beside it (index, hash, loss), one after the other.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Shard:
     text_bytes: int
     highest: int
     sha256: str
+    companions_sha256: str
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ class Metadata:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the tokens."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
+        """A hash of the tokens, the documents and what is learned of them."""
+        sums = "".join(shard.sha256 + shard.companions_sha256 for shard in self.shards)
+        return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         """The text of tokens.json."""
@@ -120,6 +124,16 @@ class Metadata:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The type of a token in a file, by datatrove's rule."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def companions_checksum(path: Path) -> str:
+    """The SHA-256 of the files beside a file of tokens."""
+    sha = hashlib.sha256()
+    for suffix in COMPANIONS:
+        companion = path.with_name(f"{path.name}{suffix}")
+        if companion.exists():
+            sha.update(companion.read_bytes())
+    return sha.hexdigest()
 
 
 def content_hash(tokens: np.ndarray) -> int:

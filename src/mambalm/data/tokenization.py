@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +29,7 @@ from mambalm.data.shards import (
     write_shard,
     write_whole,
 )
-from mambalm.data.token_files import METADATA, Metadata, Shard, TokenFileError, token_dtype
+from mambalm.data.token_files import METADATA, Metadata, Shard, TokenFileError, companions_checksum, token_dtype
 from mambalm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -200,12 +203,13 @@ def _stamp(path: str) -> list[int]:
 
 def _run(task: Tokenization, units: Sequence[tuple[int, list[Piece]]], workers: int) -> Iterator[Done]:
     if workers == 1:
-        _prepare(task.tokenizer)
-        for number, unit in units:
-            yield _do(task, number, unit)
+        _prepared["tokenizer"] = load_tokenizer(task.tokenizer)
+        with _one_thread():
+            for number, unit in units:
+                yield _do(task, number, unit)
         return
     # Spawned, since a forked child of a process with threads may hang.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _prepare, (task.tokenizer,))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _prepare_worker, (task.tokenizer,))
     try:
         waiting: set[Future[Done]] = {pool.submit(_do, task, number, unit) for number, unit in units}
         while waiting:
@@ -219,11 +223,35 @@ def _run(task: Tokenization, units: Sequence[tuple[int, list[Piece]]], workers: 
 _prepared: dict[str, PreTrainedTokenizerBase] = {}
 
 
-def _prepare(tokenizer: str) -> None:
-    """Once in each worker."""
-    # tokenizers' own threads would compete with the other workers.
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within, tokenizers keeps to one thread: a worker is a core."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _prepare_worker(tokenizer: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Ctrl-C is for the parent, which lets the shards in progress be finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _prepared["tokenizer"] = load_tokenizer(tokenizer)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _do(task: Tokenization, number: int, unit: list[Piece]) -> Done:
@@ -266,4 +294,5 @@ def _described(path: Path, tokenizer: PreTrainedTokenizerBase) -> Shard:
     documents = np.split(tokens, ends[:-1])
     texts = tokenizer.batch_decode([document.tolist() for document in documents], skip_special_tokens=True)
     text_bytes = sum(len(text.encode()) for text in texts)
-    return Shard(path.name, len(ends), len(tokens), text_bytes, highest, hashlib.sha256(tokens.tobytes()).hexdigest())
+    checksums = hashlib.sha256(tokens.tobytes()).hexdigest(), companions_checksum(path)
+    return Shard(path.name, len(ends), len(tokens), text_bytes, highest, *checksums)
