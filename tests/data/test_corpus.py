@@ -79,6 +79,8 @@ def test_it_is_pickled_without_its_files(tmp_path: Path) -> None:
         ("00001.ds.index", lambda data: data[:-8], r"00001.ds.index has 8 bytes, expected 16"),
         ("00001.ds.index", lambda data: data[:8] * 2, r"00001.ds.index ends at token 3, but 00001.ds has 7"),
         ("tokens.json", lambda data: data[:50], r"tokens.json is damaged"),
+        ("tokens.json", lambda data: data.replace(b"highest", b"lowest"), r"tokens.json is damaged .*lowest"),
+        ("tokens.json", lambda data: data.replace(b"end_token", b"end"), r"tokens.json is damaged .*end_token"),
         ("tokens.json", lambda data: data.replace(b"tokens-1", b"tokens-9"), r"format 'mambalm-tokens-9'"),
     ],
 )

@@ -47,6 +47,15 @@ def test_every_kind_gives_every_text_once(name: str, unit_bytes: int, tmp_path: 
     assert read(tmp_path / name, unit_bytes) == TEXTS
 
 
+@pytest.mark.parametrize("unit_bytes", [1 << 30, 100, 7])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_every_line_can_be_a_document(name: str, unit_bytes: int, tmp_path: Path) -> None:
+    lines = [text.strip() for text in "".join(TEXTS).split("\n")[:99]]
+    data = "\r\n".join([*lines, "", "last"]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert read(tmp_path / name, unit_bytes, lines=True) == [*lines, "last"]
+
+
 def test_a_folder_is_read_in_order_and_small_files_share_a_unit(tmp_path: Path) -> None:
     for name, text in {"b/x.py": "two", "a.txt": "one", "c.bin": "no", "d.md": "", "e.txt.gz": ""}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

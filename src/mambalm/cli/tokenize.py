@@ -31,6 +31,7 @@ def tokenize(
         bool, typer.Option("--chat", help="Conversations; only the assistant's turns are learned.")
     ] = False,
     field: Annotated[str | None, typer.Option(help="Of JSON lines and tables; by default text, or messages.")] = None,
+    lines: Annotated[bool, typer.Option("--lines", help="Every line of a text file is a document.")] = False,
     pattern: Annotated[str | None, typer.Option(help="Which files of folders, such as '*.c'.")] = None,
     config: Annotated[str | None, typer.Option(help="The configuration of a data set of the Hub.")] = None,
     split: Annotated[str, typer.Option(help="The split of a data set of the Hub.")] = "train",
@@ -54,7 +55,7 @@ def tokenize(
         return
     if not inputs:
         raise ValueError("no input: name files, folders or data sets of the Hub")
-    reading = Reading(field or ("messages" if chat else "text"), skip_bad, config, split)
+    reading = Reading(field or ("messages" if chat else "text"), skip_bad, config, split, lines)
     task = Tokenization(tuple(inputs), output, tokenizer, reading, chat, pattern, shard_megabytes << 20)
     _run(task, workers or len(os.sched_getaffinity(0)), console)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-Kind = Literal["text", "jsonl", "parquet", "hub"]
+Kind = Literal["text", "lines", "jsonl", "parquet", "hub"]
 # Of the files in a folder, those that are read unless a pattern says otherwise.
 TEXT_SUFFIXES = frozenset({".md", ".py", ".rst", ".txt"})
 _COMPRESSED = (".gz", ".zst")
@@ -30,7 +30,7 @@ class Piece:
     Attributes:
         path: the file, or the name of a data set.
         kind: how it is read.
-        start, stop: bytes of JSON lines (a line belongs to the piece that it begins in), row groups of Parquet, shards
+        start, stop: bytes of lines (one belongs to the piece that it begins in), row groups of Parquet, shards
             of a data set; else the whole file.
         size: bytes, for progress.
     """
@@ -48,6 +48,7 @@ class Reading:
 
     Attributes:
         text_field: the field of JSON lines, Parquet and data sets that holds the text (or the messages of a chat).
+        lines: every line of a text file is a document.
         skip_bad: pass over a document that cannot be read instead of stopping.
         config, split: of a data set of the Hub.
         skipped: documents passed over because they could not be read.
@@ -60,6 +61,7 @@ class Reading:
     skip_bad: bool = False
     config: str | None = None
     split: str = "train"
+    lines: bool = False
     skipped: int = 0
     empty: int = 0
     first_skipped: str = ""
@@ -71,7 +73,13 @@ class Reading:
         Raises:
             InputError: one cannot be read.
         """
-        readers = {"text": self._text, "jsonl": self._lines, "parquet": self._rows, "hub": self._hub}
+        readers = {
+            "text": self._text,
+            "lines": self._lines,
+            "jsonl": self._json,
+            "parquet": self._rows,
+            "hub": self._hub,
+        }
         for piece in pieces:
             for value in readers[piece.kind](piece):
                 if value:
@@ -95,9 +103,28 @@ class Reading:
             line = data.count(b"\n", 0, error.start) + 1
             self.bad(f"{piece.path}, line {line}: byte {data[error.start]:#04x} is not UTF-8")
 
-    def _lines(self, piece: Piece) -> Iterator[Any]:
+    def _lines(self, piece: Piece) -> Iterator[str]:
+        for where, line in self._split(piece):
+            try:
+                yield line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                self.bad(f"{where}: byte {line[error.start]:#04x} is not UTF-8")
+
+    def _json(self, piece: Piece) -> Iterator[Any]:
         import orjson
 
+        for where, line in self._split(piece):
+            if not line.strip():
+                continue
+            try:
+                value = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                self.bad(f"{where}: {_why_no_json(line, error)}")
+                continue
+            yield from self._field(value, where)
+
+    def _split(self, piece: Piece) -> Iterator[tuple[str, bytes]]:
+        """(place, line) of the lines that begin in a piece."""
         with _opened(piece.path) as file:
             position = _first_line(file, piece.start)
             # Lines are counted from the beginning of the file, or bytes where that would mean reading it twice.
@@ -106,14 +133,7 @@ class Reading:
                     return
                 where = f"{piece.path}, byte {position:,}" if piece.start else f"{piece.path}, line {number:,}"
                 position += len(line)
-                if not line.strip():
-                    continue
-                try:
-                    value = orjson.loads(line)
-                except orjson.JSONDecodeError as error:
-                    self.bad(f"{where}: {_why_no_json(line, error)}")
-                    continue
-                yield from self._field(value, where)
+                yield where, line
 
     def _rows(self, piece: Piece) -> Iterator[Any]:
         import pyarrow
@@ -199,16 +219,18 @@ def _pieces(name: str, reading: Reading, unit_bytes: int, pattern: str | None) -
     else:
         raise InputError(f"{name} does not exist: name a file, a folder, or a data set of the Hub (owner/name)")
     for file in files:
-        yield from _cut(file, unit_bytes)
+        yield from _cut(file, unit_bytes, reading.lines)
 
 
-def _cut(file: Path, unit_bytes: int) -> Iterator[Piece]:
+def _cut(file: Path, unit_bytes: int, lines: bool) -> Iterator[Piece]:
     kind, size = _kind(file), file.stat().st_size
+    if kind == "text" and lines:
+        kind = "lines"
     if not size:
         raise InputError(f"{file} is empty: leave it out")
     if kind == "parquet":
         yield from _row_groups(file, size, unit_bytes)
-    elif kind == "jsonl" and file.suffix not in _COMPRESSED and size > unit_bytes:
+    elif kind in ("jsonl", "lines") and file.suffix not in _COMPRESSED and size > unit_bytes:
         for start in range(0, size, unit_bytes):
             stop = min(start + unit_bytes, size)
             yield Piece(str(file), kind, start, stop, stop - start)

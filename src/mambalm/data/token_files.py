@@ -114,11 +114,15 @@ class Metadata:
             ) from None
         except ValueError as error:
             raise TokenFileError(f"{path} is damaged ({error}): remove it and tokenise again") from error
-        if values.get("format") != FORMAT:
-            raise TokenFileError(f"{path} has format {values.get('format')!r}, expected {FORMAT!r}: tokenise again")
-        shards = tuple(Shard(**shard) for shard in values["shards"])
+        found = values.get("format") if isinstance(values, dict) else None
+        if found != FORMAT:
+            raise TokenFileError(f"{path} has format {found!r}, expected {FORMAT!r}: tokenise again")
         names = ("vocab_size", "tokenizer", "tokenizer_fingerprint", "end_token", "settings")
-        return cls(shards=shards, **{name: values[name] for name in names})
+        try:
+            shards = tuple(Shard(**shard) for shard in values["shards"])
+            return cls(shards=shards, **{name: values[name] for name in names})
+        except (KeyError, TypeError) as error:
+            raise TokenFileError(f"{path} is damaged ({error}): remove it and tokenise again") from error
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -62,7 +62,7 @@ class Tokenization:
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on, for tokens.json and to recognise a run that is to be resumed."""
-        reading = {name: getattr(self.reading, name) for name in ("text_field", "skip_bad", "config", "split")}
+        reading = {name: getattr(self.reading, name) for name in ("text_field", "skip_bad", "config", "split", "lines")}
         return {
             "inputs": list(self.inputs),
             "chat": self.chat,
