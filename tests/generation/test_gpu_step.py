@@ -39,7 +39,15 @@ def steps_agree(
 TILES = triton_steps.Tiles
 # Small, so that there are several of each, with ragged ends.
 SMALL = {"enter_rows": 4, "leave_rows": 2, "split_rows": 4, "head_rows": 4, "columns": 16, "scan_channels": 16}
-SMALL_BATCH = {"tile": 16, "block": 16, "leave_tile": 16, "leave_spans": 2, "split_spans": 3, "batch": 16}
+SMALL_BATCH = {
+    "tile": 16,
+    "block": 16,
+    "leave_tile": 16,
+    "leave_spans": 2,
+    "split_spans": 3,
+    "batch": 16,
+    "batch_channels": 16,
+}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 17])

@@ -186,7 +186,43 @@ def _summed(shares, columns, on, row, batch, width, SHARES: tl.constexpr, MOST: 
 
 
 @triton.jit
-def scan(  # type: ignore[no-untyped-def]
+def _advanced(h, step, x, gate, B, C, rate, skip):  # type: ignore[no-untyped-def]
+    """The states (channels, n) after a step, and the gated output; step and bias are summed already."""
+    step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(step)))
+    h = h * tl.exp2(step[:, None] * rate) + (step * x)[:, None] * B[None, :]
+    y = tl.sum(h * C[None, :], 1) + skip * x
+    return h, y * gate * sigmoid(gate)
+
+
+@triton.jit
+def _lowered(  # type: ignore[no-untyped-def]
+    shares,
+    row,
+    batch,
+    eps,
+    N: tl.constexpr,
+    STATES: tl.constexpr,
+    RANK: tl.constexpr,
+    K: tl.constexpr,
+    SHARES: tl.constexpr,
+    MOST: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """A row's input of dt_proj, B and C from the shares of x_proj's output; normalised on request."""
+    column, n = tl.arange(0, K), tl.arange(0, STATES)
+    width: tl.constexpr = RANK + 2 * N
+    low = _summed(shares, column, column < RANK, row, batch, width, SHARES, MOST)
+    B = _summed(shares, RANK + n, n < N, row, batch, width, SHARES, MOST)
+    C = _summed(shares, RANK + N + n, n < N, row, batch, width, SHARES, MOST)
+    if NORM:
+        low = low * tl.rsqrt(tl.sum(low * low) / RANK + eps)
+        B = B * tl.rsqrt(tl.sum(B * B) / N + eps)
+        C = C * tl.rsqrt(tl.sum(C * C) / N + eps)
+    return low, B, C
+
+
+@triton.jit
+def scan_one(  # type: ignore[no-untyped-def]
     shares,
     weight,
     bias,
@@ -197,7 +233,6 @@ def scan(  # type: ignore[no-untyped-def]
     state,
     y,
     eps,
-    batch,
     channels,
     N: tl.constexpr,
     STATES: tl.constexpr,
@@ -207,44 +242,92 @@ def scan(  # type: ignore[no-untyped-def]
     MOST: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     _begin(OVERLAP)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column, n = tl.arange(0, K), tl.arange(0, STATES)
-    inner, ranked, kept = channel < channels, column < RANK, n < N
+    inner, ranked = channel < channels, column < RANK
     tile = tl.load(weight + channel[:, None] * RANK + column[None, :], mask=inner[:, None] & ranked[None, :], other=0.0)
-    both = inner[:, None] & kept[None, :]
+    both = inner[:, None] & (n < N)[None, :]
     offset = channel[:, None] * N + n[None, :]
     rate = tl.load(rates + offset, mask=both, other=0.0)
     skip = tl.load(D + channel, mask=inner, other=0.0).to(tl.float32)
     shift = tl.load(bias + channel, mask=inner, other=0.0).to(tl.float32)
-    width: tl.constexpr = RANK + 2 * N
-    first = tl.program_id(1) * ROWS
-    h = tl.load(state + first.to(tl.int64) * channels * N + offset, mask=both, other=0.0)
+    h = tl.load(state + offset, mask=both, other=0.0)
     _wait(OVERLAP)
-    for i in tl.static_range(ROWS):
-        row = first + i
-        at = row.to(tl.int64) * channels + channel
-        x = tl.load(u + at, mask=inner, other=0.0).to(tl.float32)
-        gate = tl.load(z + at, mask=inner, other=0.0).to(tl.float32)
-        low = _summed(shares, column, ranked, row, batch, width, SHARES, MOST)
-        B = _summed(shares, RANK + n, kept, row, batch, width, SHARES, MOST)
-        C = _summed(shares, RANK + N + n, kept, row, batch, width, SHARES, MOST)
-        if NORM:
-            low = low * tl.rsqrt(tl.sum(low * low) / RANK + eps)
-            B = B * tl.rsqrt(tl.sum(B * B) / N + eps)
-            C = C * tl.rsqrt(tl.sum(C * C) / N + eps)
-        step = tl.sum(tile.to(tl.float32) * low[None, :], 1) + shift
-        step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(step)))
-        h = h * tl.exp2(step[:, None] * rate) + (step * x)[:, None] * B[None, :]
-        tl.store(state + row.to(tl.int64) * channels * N + offset, h, mask=both)
-        result = tl.sum(h * C[None, :], 1) + skip * x
-        tl.store(y + at, (result * gate * sigmoid(gate)).to(y.dtype.element_ty), mask=inner)
-        if i + 1 < ROWS:
-            following = state + (row + 1).to(tl.int64) * channels * N + offset
-            h = tl.load(following, mask=both, other=0.0)
+    x = tl.load(u + channel, mask=inner, other=0.0).to(tl.float32)
+    gate = tl.load(z + channel, mask=inner, other=0.0).to(tl.float32)
+    low, B, C = _lowered(shares, 0, 1, eps, N, STATES, RANK, K, SHARES, MOST, NORM)
+    step = tl.sum(tile.to(tl.float32) * low[None, :], 1) + shift
+    h, result = _advanced(h, step, x, gate, B, C, rate, skip)
+    tl.store(state + offset, h, mask=both)
+    tl.store(y + channel, result.to(y.dtype.element_ty), mask=inner)
+
+
+@triton.jit
+def lower(  # type: ignore[no-untyped-def]
+    shares,
+    low,
+    BC,
+    batch,
+    eps,
+    N: tl.constexpr,
+    STATES: tl.constexpr,
+    RANK: tl.constexpr,
+    K: tl.constexpr,
+    SHARES: tl.constexpr,
+    MOST: tl.constexpr,
+    NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    _begin(OVERLAP)
+    row, column, n = tl.program_id(0), tl.arange(0, K), tl.arange(0, STATES)
+    _wait(OVERLAP)
+    rank, B, C = _lowered(shares, row, batch, eps, N, STATES, RANK, K, SHARES, MOST, NORM)
+    tl.store(low + row * RANK + column, rank.to(low.dtype.element_ty), mask=column < RANK)
+    tl.store(BC + row * 2 * N + n, B, mask=n < N)
+    tl.store(BC + row * 2 * N + N + n, C, mask=n < N)
+
+
+@triton.jit
+def scan(  # type: ignore[no-untyped-def]
+    steps,
+    BC,
+    bias,
+    rates,
+    D,
+    u,
+    z,
+    state,
+    y,
+    channels,
+    N: tl.constexpr,
+    STATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    _begin(OVERLAP)
+    channel, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
+    row = tl.program_id(1)
+    inner, kept = channel < channels, n < N
+    both = inner[:, None] & kept[None, :]
+    offset = channel[:, None] * N + n[None, :]
+    own = state + row.to(tl.int64) * channels * N + offset
+    rate = tl.load(rates + offset, mask=both, other=0.0)
+    skip = tl.load(D + channel, mask=inner, other=0.0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=inner, other=0.0).to(tl.float32)
+    h = tl.load(own, mask=both, other=0.0)
+    _wait(OVERLAP)
+    at = row.to(tl.int64) * channels + channel
+    step = shift + tl.load(steps + at, mask=inner, other=0.0)
+    x = tl.load(u + at, mask=inner, other=0.0).to(tl.float32)
+    gate = tl.load(z + at, mask=inner, other=0.0).to(tl.float32)
+    B = tl.load(BC + row * 2 * N + n, mask=kept, other=0.0)
+    C = tl.load(BC + row * 2 * N + N + n, mask=kept, other=0.0)
+    h, result = _advanced(h, step, x, gate, B, C, rate, skip)
+    tl.store(own, h, mask=both)
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=inner)
 
 
 @triton.jit

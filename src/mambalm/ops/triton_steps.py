@@ -2,11 +2,10 @@
 
 They compute what rms_norm, causal_conv1d and selective_scan compute at length 1, with the projections between them on
 weights that are read where they are; states are updated in place. One row takes four kernels a block, which stream the
-weights through the registers; several rows take five, on tensor cores.
+weights through the registers; several rows take seven, on tensor cores.
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +25,10 @@ class Tiles:
         enter_rows, leave_rows, head_rows, split_rows: rows of a weight per program, for one row of the batch.
         columns: of a weight that a thread block fetches at once.
         warps: of these programs.
-        scan_channels, scan_warps, scan_rows: channels, warps, and rows of the batch in turn, of a program of the scan.
+        scan_channels, scan_warps: channels and warps of a program of the scan.
         tile, block, stages, batch_warps: rows of a weight, columns at once, depth and warps for several rows.
-        split_tile, spans: rows of x_proj and out_proj's shares of the sum for several rows.
+        split_tile, split_spans, leave_tile, leave_spans: rows and shares of the sum of x_proj, and of out_proj.
+        batch, batch_channels: rows of the batch in a program of the products, channels in one of the scan.
     """
 
     enter_rows: int = 8
@@ -39,7 +39,6 @@ class Tiles:
     warps: int = 8
     scan_channels: int = 32
     scan_warps: int = 4
-    scan_rows: int = 2
     tile: int = 64
     block: int = 64
     stages: int = 4
@@ -49,6 +48,7 @@ class Tiles:
     leave_tile: int = 64
     leave_spans: int = 4
     batch: int = 64
+    batch_channels: int = 64
 
 
 @functools.cache
@@ -117,6 +117,9 @@ class Step:
         spans = self._spans(self.tiles.split_spans) if batch > 1 else triton.cdiv(self.channels, self._columns())
         self._shares = empty(spans, batch, self.width, of=torch.float32)
         self._leaving = empty(self._spans(self.tiles.leave_spans), batch, self.hidden, of=torch.float32)
+        rank, states = weights.dt_proj.shape[1], weights.rates.shape[1]
+        self._low, self._BC = empty(batch, rank), empty(batch, 2 * states, of=torch.float32)
+        self._steps = empty(1, batch, self.channels, of=torch.float32)
         self._left: tuple[Tensor, Tensor | None] | None = None
 
     def block(self, weights: Weights, conv: Tensor, ssm: Tensor) -> None:
@@ -176,7 +179,7 @@ class Step:
             BLOCK=self._columns(),
             num_warps=tiles.warps,
         )
-        self._scan(weights, ssm)
+        self._scan_one(weights, ssm)
         self._project(tiles.leave_rows, self._y, None, 0.0, weights.out_proj, weights.out_bias, self.x, add=True)
 
     def _project(
@@ -220,26 +223,51 @@ class Step:
             num_stages=tiles.stages,
         )
 
-    def _scan(self, weights: Weights, ssm: Tensor) -> None:
+    def _scan_one(self, weights: Weights, ssm: Tensor) -> None:
         tiles = self.tiles
-        rank, states = weights.dt_proj.shape[1], weights.rates.shape[1]
-        rows = math.gcd(self.batch, tiles.scan_rows)
         self._launch(
-            kernels.scan,
-            (triton.cdiv(self.channels, tiles.scan_channels), self.batch // rows),
+            kernels.scan_one,
+            (triton.cdiv(self.channels, tiles.scan_channels),),
             *(self._shares, weights.dt_proj, weights.dt_bias, weights.rates, weights.D, self._u, self._z, ssm),
-            *(self._y, weights.inner_eps or 0.0, self.batch, self.channels),
-            N=states,
-            STATES=triton.next_power_of_2(states),
-            RANK=rank,
-            K=triton.next_power_of_2(rank),
-            SHARES=len(self._shares),
-            MOST=triton.next_power_of_2(len(self._shares)),
-            NORM=weights.inner_eps is not None,
+            *(self._y, weights.inner_eps or 0.0, self.channels),
+            **self._lowering(weights),
             BLOCK=tiles.scan_channels,
-            ROWS=rows,
             num_warps=tiles.scan_warps,
         )
+
+    def _scan(self, weights: Weights, ssm: Tensor) -> None:
+        tiles = self.tiles
+        states = weights.rates.shape[1]
+        self._launch(
+            kernels.lower,
+            (self.batch,),
+            *(self._shares, self._low, self._BC, self.batch, weights.inner_eps or 0.0),
+            **self._lowering(weights),
+            num_warps=4,
+        )
+        self._split(self._low, weights.dt_proj, self._steps, tiles.tile)
+        self._launch(
+            kernels.scan,
+            (triton.cdiv(self.channels, tiles.batch_channels), self.batch),
+            *(self._steps, self._BC, weights.dt_bias, weights.rates, weights.D, self._u, self._z, ssm),
+            *(self._y, self.channels),
+            N=states,
+            STATES=triton.next_power_of_2(states),
+            BLOCK=tiles.batch_channels,
+            num_warps=4,
+        )
+
+    def _lowering(self, weights: Weights) -> dict[str, Any]:
+        rank, states = weights.dt_proj.shape[1], weights.rates.shape[1]
+        return {
+            "N": states,
+            "STATES": triton.next_power_of_2(states),
+            "RANK": rank,
+            "K": triton.next_power_of_2(rank),
+            "SHARES": len(self._shares),
+            "MOST": triton.next_power_of_2(len(self._shares)),
+            "NORM": weights.inner_eps is not None,
+        }
 
     def _normalise(self, scale: Tensor, eps: float) -> None:
         shares, bias = (self._leaving, None) if self._left is None else self._left
