@@ -11,7 +11,9 @@ from torch import Tensor
 from mambalm.generation import cpu_step, gpu_step
 from mambalm.generation.reading import step
 from mambalm.generation.sampling import Choice, Chooser, Plan
+from mambalm.layers.mamba2 import Mamba2
 from mambalm.layers.state import AttentionState, MambaState, State
+from mambalm.ops import backends
 
 if TYPE_CHECKING:
     from mambalm.models.common import MambalmForCausalLM
@@ -60,7 +62,22 @@ def not_captured(model: MambalmForCausalLM) -> str | None:
     devices = getattr(model, "hf_device_map", {}).values()
     if len(set(devices)) > 1 or any(map(cpu_step.hooked, model.modules())):
         return "modules have hooks, or are on several devices"
-    return None
+    blocks: Any = model.backbone.layers
+    return next((reason for block in blocks if (reason := _waits(block.mixer, model.device, model.dtype))), None)
+
+
+def _waits(mixer: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a layer's op waits for the host, which a graph cannot; None if it does not."""
+    if isinstance(mixer, Mamba2):
+        op, sizes = "ssd", {"h": mixer.nheads, "p": mixer.headdim, "g": mixer.ngroups, "n": mixer.d_state}
+    else:
+        op, sizes = "selective_scan", {"d": mixer.d_inner, "n": mixer.d_state}
+    reasons = backends.explain(op, device, dtype, b=1, l=1, **sizes)
+    runs = backends.requested(mixer.backend) or next(name for name, reason in reasons.items() if reason is None)
+    if runs in ("gluon", "triton"):
+        return None
+    others = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
+    return f"{op} runs on its {runs} backend, whose steps wait for the host" + (f" ({others})" if others else "")
 
 
 class GenericStep:
