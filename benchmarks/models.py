@@ -13,25 +13,47 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import FalconMambaConfig, MambaConfig
+from transformers import FalconMambaConfig, Mamba2Config, MambaConfig
 
 from benchmarks.timing import provenance
 from mambalm.layers import Mamba
-from mambalm.models import FalconMambaForCausalLM, MambaForCausalLM
+from mambalm.models import FalconMambaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
 PEAK_FLOPS = 989e12  # bfloat16, dense, of an H100 or H200 by its datasheet
 
+# Width and depth; those of Mamba-2 have heads of 64 channels and 128 states.
 SIZES = {"130m": (768, 24), "1.4b": (2048, 48), "2.8b": (2560, 64)}
-# (model, batch, length, mamba_ssm's tokens per second, its peak GB, our goal in tokens per second)
+MAMBA2_SIZES = {"mamba2-130m": (768, 24), "mamba2-2.7b": (2560, 64)}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A case: mamba_ssm's tokens per second and peak GB, our goal in tokens per second, what is computed again."""
+
+    model: str
+    batch: int
+    peer: float | None
+    peer_peak: float | None
+    goal: float | None
+    recompute: bool = True  # as in `mambalm.layers.Mamba`
+    checkpointed: int = 0  # blocks of which nothing but the input is kept
+    length: int = 2048
+
+
 TRAINING = (
-    ("130m", 32, 2048, 188e3, 64, 330e3),
-    ("1.4b", 16, 2048, 32.2e3, 98, 52e3),
-    ("2.8b", 8, 2048, 17.6e3, 98, 28e3),
+    Training("130m", 32, 188e3, 64, 330e3),
+    Training("130m", 32, 188e3, 64, 330e3, recompute=False),
+    Training("1.4b", 16, 32.2e3, 98, 52e3),
+    Training("2.8b", 8, 17.6e3, 98, 28e3),
+    Training("2.8b", 16, 14.3e3, 86, 24e3, checkpointed=52),
+    Training("mamba2-130m", 32, None, None, None),
+    Training("mamba2-2.7b", 8, None, None, None),
 )
 # (model, length, mamba_ssm's tokens per second, our goal)
 PREFILL = (
@@ -48,32 +70,39 @@ def model(name: str, dtype: torch.dtype) -> Any:
         if name == "falcon-7b":
             sizes = {"vocab_size": 65024, "hidden_size": 4096, "num_hidden_layers": 64, "intermediate_size": 8192}
             return FalconMambaForCausalLM(FalconMambaConfig(**sizes)).to(dtype)
+        if name in MAMBA2_SIZES:
+            width, depth = MAMBA2_SIZES[name]
+            shape = {"num_heads": 2 * width // 64, "head_dim": 64, "n_groups": 1, "state_size": 128}
+            sizes = {"vocab_size": 50280, "hidden_size": width, "num_hidden_layers": depth}
+            return Mamba2ForCausalLM(Mamba2Config(**sizes, **shape)).to(dtype)
         width, depth = SIZES[name]
         return MambaForCausalLM(MambaConfig(vocab_size=50280, hidden_size=width, num_hidden_layers=depth)).to(dtype)
 
 
-def median_seconds(function: Callable[[], object], repeats: int) -> float:
-    """The median of the wall times of calls that end when the device does, after two to warm up."""
+def timed(function: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """The wall time of a first call, and the median of more after a second; a call ends when the device does."""
     times = []
-    for call in range(repeats + 2):
+    for _ in range(repeats + 2):
         torch.cuda.synchronize()
         start = time.perf_counter()
         function()
         torch.cuda.synchronize()
-        times.append((call, time.perf_counter() - start))
-    return statistics.median(seconds for call, seconds in times if call >= 2)
+        times.append(time.perf_counter() - start)
+    return times[0], statistics.median(times[2:])
 
 
-def training(
-    name: str, batch: int, length: int, peer: float, peer_peak: float, goal: float, recompute: bool
-) -> dict[str, Any]:
-    """Steps of a model in training; ``recompute`` as in `mambalm.layers.Mamba`."""
-    trained = model(name, torch.float32).train()
+def training(case: Training) -> dict[str, Any]:
+    """Steps of a model in training."""
+    trained = model(case.model, torch.float32).train()
     for module in trained.modules():
         if isinstance(module, Mamba):
-            module.recompute = recompute
+            module.recompute = case.recompute
+    if case.checkpointed:
+        trained.gradient_checkpointing_enable({"use_reentrant": False})
+        for block in trained.backbone.layers[case.checkpointed :]:
+            block.gradient_checkpointing = False
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=True)
-    ids = torch.randint(50280, (batch, length), device="cuda")
+    ids = torch.randint(50280, (case.batch, case.length), device="cuda")
 
     def step() -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -83,19 +112,17 @@ def training(
         optimizer.zero_grad()
 
     torch.cuda.reset_peak_memory_stats()
-    seconds = median_seconds(step, 5)
-    speed = batch * length / seconds
+    first, seconds = timed(step, 5)
+    speed = case.batch * case.length / seconds
     parameters = sum(p.numel() for p in trained.parameters())
     return {
-        "model": name,
-        "batch": batch,
-        "length": length,
-        "recompute": recompute,
+        **{name: getattr(case, name) for name in ("model", "batch", "length", "recompute", "checkpointed")},
         "tokens_per_second": round(speed),
         "mfu": round(6 * parameters * speed / PEAK_FLOPS, 4),
         "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
-        "mamba_ssm": {"tokens_per_second": peer, "peak_GB": peer_peak},
-        "goal_tokens_per_second": goal,
+        "first_step_seconds": round(first, 2),
+        "mamba_ssm": {"tokens_per_second": case.peer, "peak_GB": case.peer_peak},
+        "goal_tokens_per_second": case.goal,
     }
 
 
@@ -106,19 +133,20 @@ def prefill(name: str, length: int, peer: float, goal: float | None) -> dict[str
     ids = torch.randint(50280, (1, length), device="cuda")
     state = reader.init_state(1)
     torch.cuda.reset_peak_memory_stats()
-    seconds = median_seconds(lambda: reader(ids, cache_params=state, use_cache=True, logits_to_keep=1), 7)
+    first, seconds = timed(lambda: reader(ids, cache_params=state, use_cache=True, logits_to_keep=1), 7)
     return {
         "model": name,
         "length": length,
         "tokens_per_second": round(length / seconds),
         "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        "first_call_seconds": round(first, 2),
         "mamba_ssm": {"tokens_per_second": peer},
         "goal_tokens_per_second": goal,
     }
 
 
 MODES: dict[str, tuple[Callable[..., dict[str, Any]], tuple[tuple[Any, ...], ...]]] = {
-    "training": (training, tuple((*case, again) for case in TRAINING for again in (False, True))),
+    "training": (training, tuple((case,) for case in TRAINING)),
     "prefill": (prefill, PREFILL),
 }
 
@@ -127,6 +155,7 @@ def main() -> None:
     """Run the modes asked for and write a JSON file each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
     parser.add_argument("--mode", choices=MODES, help="this one only")
+    parser.add_argument("--model", help="cases that name this one only")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="", help="what was measured, where there is no git")
     options = parser.parse_args()
@@ -137,10 +166,12 @@ def main() -> None:
         function, cases = MODES[mode]
         rows = []
         for case in cases:
+            if options.model and options.model not in str(case):
+                continue
             try:
                 rows.append(function(*case))
             except torch.cuda.OutOfMemoryError:
-                rows.append({"model": case[0], "out_of_memory": True})
+                rows.append({"case": str(case), "out_of_memory": True})
             print(mode, json.dumps(rows[-1]), flush=True)
             gc.collect()
             torch.cuda.empty_cache()

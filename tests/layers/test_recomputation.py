@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mambalm.layers import Mamba
+from mambalm.layers import Block, Mamba, RMSNorm
+from mambalm.layers import block as block_module
+from mambalm.layers import mamba as mamba_module
+from mambalm.layers.recomputation import Recomputation
 from mambalm.layers.state import MambaState
 
 
@@ -52,24 +58,85 @@ def test_dropout_falls_on_the_same_elements() -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
 
 
-def test_fewer_bytes_are_kept() -> None:
-    """Neither the convolution's output nor Δ, (b, l, d) each: what is left is in_proj's input and output, and y."""
+class Noting(Recomputation):
+    """Notes the bytes of what operators keep in it."""
 
-    def kept(layer: Mamba, x: Tensor) -> int:
-        sizes: dict[int, int] = {}
+    kept: ClassVar[dict[int, int]] = {}
 
-        def note(tensor: Tensor) -> Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+    def _pack(self, tensor: Tensor) -> Any:
+        kept = super()._pack(tensor)
+        if isinstance(kept, Tensor):
+            self.kept[kept.untyped_storage().data_ptr()] = kept.untyped_storage().nbytes()
+        return kept
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            layer(x)
-        return sum(sizes.values())
+    def give(self, *arguments: Any) -> None:
+        if self.gives:
+            super().give(*arguments)
 
+    gives: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("eps", [None, 1e-6])
+def test_fewer_bytes_are_kept(monkeypatch: pytest.MonkeyPatch, eps: float | None) -> None:
+    """Neither the norm's output (b, l, d / 2) nor the convolution's nor Δ, (b, l, d) each."""
+    monkeypatch.setattr(block_module, "Recomputation", Noting)
+    monkeypatch.setattr(mamba_module, "Recomputation", Noting)
+    block = Block(RMSNorm(64), Mamba(64, recompute=True, bcdt_rms_eps=eps))
     x = torch.randn(1, 256, 64, requires_grad=True)
-    activations = 4 * 256 * 128
-    saved = kept(Mamba(64, recompute=False), x) - kept(Mamba(64, recompute=True), x)
-    assert saved >= 2 * activations
+    kept = []
+    for Noting.gives in (False, True):
+        Noting.kept = {}
+        y = block(x, apart=True)
+        kept.append(sum(Noting.kept.values()))
+        del y
+    assert kept[0] - kept[1] == 4 * 256 * (64 + 128 + 128)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_blocks_give_the_same_gradients(dtype: torch.dtype | None) -> None:
+    blocks = nn.ModuleList(Block(RMSNorm(16), Mamba(16), residual_in_fp32=True) for _ in range(2))
+    x = torch.randn(2, 19, 16, requires_grad=True)
+    results = []
+    for again in (False, True):
+        for block in blocks:
+            block.mixer.recompute = again
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            stream, branch = blocks[0](x, apart=True)
+            y = blocks[1](stream, branch=branch)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *blocks.parameters()])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_checkpointing_around_the_layer_comes_first() -> None:
+    """It would keep nothing, and so does the layer in it; the gradients are the same."""
+    layer, x = Mamba(16, recompute=True), torch.randn(1, 9, 16, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    assert sum(tensor.shape == (1, 9, 32) for tensor in kept) >= 4
+    found = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), [x, *layer.parameters()])
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_graph_is_read_twice() -> None:
+    layer, x = Mamba(16, recompute=True), torch.randn(1, 9, 16, requires_grad=True)
+    loss = layer(x).sum()
+    first, second = (torch.autograd.grad(loss, [x, *layer.parameters()], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_change_in_place_is_noticed() -> None:
+    again, x = Recomputation(), torch.randn(3, requires_grad=True)
+    source = x * 2
+    with again:
+        y = source.sin()
+        again.give(y, torch.sin, source)
+        loss = y.square().sum()
+    with torch.no_grad():
+        source += 1
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
 
 
 def test_nothing_is_kept_without_gradients() -> None:

@@ -11,6 +11,7 @@ from mambalm.layers.attention import Attention
 from mambalm.layers.mamba import Mamba
 from mambalm.layers.mamba2 import Mamba2
 from mambalm.layers.norm import RMSNorm
+from mambalm.layers.recomputation import Recomputation
 from mambalm.layers.state import AttentionState, MambaState
 
 
@@ -53,20 +54,35 @@ class Block(nn.Module):
         state: MambaState | AttentionState | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
+        branch: Tensor | None = None,
+        apart: bool = False,
     ) -> Any:
         """Read x (b, l, d) on from ``state``; see the mixer for the arguments.
 
+        Args:
+            branch: the output of the block before, still to be added to x: one pass then adds and normalises.
+            apart: return the residual stream and the output to be added to it, for the next block, instead of the sum.
+
         Returns:
-            y (b, l, d), float32 if residual_in_fp32, else in x's dtype; (y, the mixer's new state) with return_state.
+            y (b, l, d), float32 if residual_in_fp32, else in x's dtype, or with ``apart`` a pair of which y is the sum;
+            (that, the mixer's new state) with return_state.
         """
         if self.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        mixed = self.mixer(_normalised(self.norm, x), state, cu_seqlens, return_state=return_state)
-        y, new_state = mixed if return_state else (mixed, None)
-        x = x + y
+        normed, x = add_and_normalise(self.norm, x, branch)
+        normed_dtype = normed.dtype
+        if isinstance(self.norm, RMSNorm) and isinstance(self.mixer, Mamba) and self.mixer.recomputes(x):
+            with Recomputation() as again:
+                again.give(normed, lambda x: self.norm(x).to(normed_dtype), x)
+                mixed = self.mixer(normed, state, cu_seqlens, return_state=return_state)
+        else:
+            mixed = self.mixer(normed, state, cu_seqlens, return_state=return_state)
+        branch, new_state = mixed if return_state else (mixed, None)
         if self.norm2 is not None and self.mlp is not None:
-            x = x + self.mlp(_normalised(self.norm2, x))
-        return (x, new_state) if return_state else x
+            normed, x = add_and_normalise(self.norm2, x, branch)
+            branch = self.mlp(normed)
+        y = (x, branch) if apart else x + branch
+        return (y, new_state) if return_state else y
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -75,6 +91,11 @@ class Block(nn.Module):
         return self.mixer.init_state(batch_size, dtype=dtype, device=device)
 
 
-def _normalised(norm: RMSNorm | nn.LayerNorm, x: Tensor) -> Tensor:
-    # A float32 stream meets half-precision weights here: the mixer is to run in theirs, as in mamba_ssm.
-    return norm(x.to(norm.weight.dtype))
+def add_and_normalise(norm: RMSNorm | nn.LayerNorm, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+    """norm(x + branch), for the mixer to run in the weights' dtype whatever that of the stream is, and x + branch."""
+    if isinstance(norm, RMSNorm) and branch is not None and torch.promote_types(x.dtype, branch.dtype) == x.dtype:
+        normed, x = norm(branch, residual=x)
+        return normed, x
+    x = x if branch is None else x + branch
+    normed = norm(x) if isinstance(norm, RMSNorm) else norm(x.to(norm.weight.dtype))
+    return normed.to(norm.weight.dtype), x

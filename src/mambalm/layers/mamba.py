@@ -18,7 +18,7 @@ from mambalm.layers.initialization import (
     step_bias,
     uniform,
 )
-from mambalm.layers.recomputation import keeping_scans
+from mambalm.layers.recomputation import Recomputation, is_possible
 from mambalm.layers.state import MambaState
 from mambalm.ops import rms_norm, selective_scan
 
@@ -64,8 +64,9 @@ class Mamba(nn.Module):
         conv_bias, bias: whether the convolution has one; whether in_proj and out_proj have.
         d_inner: inner channels d, for checkpoints that state them beside ``expand``.
         bcdt_rms_eps: normalise Δ, B and C by their root mean square, with this eps and without weights (FalconMamba).
-        recompute: compute the convolution, Δ, B and C again in the backward instead of keeping them: half of the kept
-            activations for a few percent of the time (docs/decisions/2026-11-22-recomputation.md).
+        recompute: compute the convolution's output and Δ (in a block also the norm's output) again in the backward
+            instead of keeping them; None: on a GPU. Hooks on saved tensors that are around the layer, such as
+            checkpointing's, take precedence. See docs/decisions/2026-11-27-recomputation.md.
         backend: the ops' backend; None: automatic choice.
         layer_idx: kept for the caller.
 
@@ -90,7 +91,7 @@ class Mamba(nn.Module):
         *,
         d_inner: int | None = None,
         bcdt_rms_eps: float | None = None,
-        recompute: bool = False,
+        recompute: bool | None = None,
         backend: str | None = None,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
@@ -156,22 +157,43 @@ class Mamba(nn.Module):
             ValueError: a shape does not fit; the message names the tensor.
         """
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        inner = (u, z, *MambaState.unpack(state), cu_seqlens)
-        y, conv, ssm = keeping_scans(self._inner, *inner) if self.recompute else self._inner(*inner)
+        conv, ssm = MambaState.unpack(state)
+        if self.recomputes(x):
+            with Recomputation() as again:
+                y, conv, ssm = self._inner(u, z, conv, ssm, cu_seqlens, again)
+        else:
+            y, conv, ssm = self._inner(u, z, conv, ssm, cu_seqlens)
         y = self.out_proj(y)
         return (y, MambaState(conv, ssm)) if return_state else y
 
+    def recomputes(self, x: Tensor) -> bool:
+        """Whether the backward of a call on ``x`` computes activations again."""
+        return (x.is_cuda if self.recompute is None else self.recompute) and is_possible()
+
     def _inner(
-        self, u: Tensor, z: Tensor, conv: Tensor | None, ssm: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        u: Tensor,
+        z: Tensor,
+        conv: Tensor | None,
+        ssm: Tensor | None,
+        cu_seqlens: Tensor | None,
+        again: Recomputation | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What lies between in_proj and out_proj: y (b, l, d), and the new conv and ssm."""
-        u, conv = self.conv1d(u, conv, cu_seqlens)
+        inputs = (u, conv, cu_seqlens)
+        u, conv = self.conv1d(*inputs)
+        if again is not None:
+            again.give(u, lambda *inputs: self.conv1d(*inputs)[0], *inputs)
         delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.bcdt_rms_eps is not None:
             delta, B, C = (rms_norm(t, eps=self.bcdt_rms_eps, backend=self.backend) for t in (delta, B, C))
+        step = self.dt_proj(delta)
+        # What stands in dt_proj's place (an adapter with dropout) may draw random numbers.
+        if again is not None and type(self.dt_proj) is StepProjection:
+            again.give(step, self.dt_proj, delta)
         y, ssm = selective_scan(
             u,
-            self.dt_proj(delta),
+            step,
             -full_precision(self.A_log).exp(),
             B,
             C,

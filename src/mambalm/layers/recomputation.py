@@ -3,25 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor
 
 
-def _scans_are_kept(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    scan = op is torch.ops.mambalm.selective_scan.default
-    return CheckpointPolicy.MUST_SAVE if scan else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def keeping_scans(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)``, of which the backward computes all but the scans again instead of finding it kept.
-
-    Random numbers (the dropout of an adapter) and autocast are as they were. torch.compile decides for itself what to
-    keep, and without gradients nothing is kept anyway: the function is simply called then.
-    """
+def is_possible() -> bool:
+    """Whether a backward may compute again what a forward made: torch.compile decides for itself what to keep, and so
+    do hooks that are around already (checkpointing, offloading)."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return function(*arguments)
-    contexts = partial(create_selective_checkpoint_contexts, _scans_are_kept)
-    return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is None or isinstance(getattr(hooks[0], "__self__", None), Recomputation)
+
+
+class Recomputation:
+    """A context whose operators do not keep the tensors that were ``given``: the backward computes those again.
+
+    In the context every operator that wants to keep such a tensor keeps a note instead. The first note that the
+    backward reads computes the tensor, the last lets go of it. Nothing else changes: what is computed again is what was
+    computed before, by the same kernels under the same autocast, so gradients are the same bit for bit. It is for
+    functions without random numbers.
+    """
+
+    def __init__(self) -> None:
+        # The tensors too, so that their addresses are theirs while the context lasts.
+        self._given: dict[int, tuple[Tensor, _Again]] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    def __enter__(self) -> Recomputation:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+        self._given.clear()
+
+    def give(self, tensor: Tensor, function: Callable[..., Tensor], *arguments: Tensor | None) -> None:
+        """Say that ``tensor``, a tensor of its own memory, is ``function(*arguments)``; the arguments are kept."""
+        self._given[tensor.data_ptr()] = (tensor.detach(), _Again(tensor, function, arguments))
+
+    def _pack(self, tensor: Tensor) -> Any:
+        given, again = self._given.get(tensor.data_ptr(), (None, None))
+        if given is None or again is None or tensor.dtype != given.dtype or not tensor.numel():
+            return tensor
+        again.notes += 1
+        return again, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+class _Again:
+    """One tensor that is computed again."""
+
+    def __init__(self, tensor: Tensor, function: Callable[..., Tensor], arguments: tuple[Tensor | None, ...]) -> None:
+        self.notes = self._unread = 0
+        self._function = function
+        self._arguments = [None if t is None else t.detach() for t in arguments]
+        self._versions = [None if t is None else t._version for t in self._arguments]
+        device = tensor.device.type
+        self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self._found: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """The tensor, for one of the notes."""
+        if self._found is None:
+            self._found, self._unread = self._compute(), self.notes
+        found = self._found
+        self._unread -= 1
+        if not self._unread:
+            self._found = None
+        return found
+
+    def _compute(self) -> Tensor:
+        if self._versions != [None if t is None else t._version for t in self._arguments]:
+            raise RuntimeError("a tensor that the backward computes activations from was changed in place since")
+        device, dtype, enabled = self._autocast
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
+            return self._function(*self._arguments)
+
+
+def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    again, *layout = kept
+    return again.read().as_strided(*layout)

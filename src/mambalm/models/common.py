@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from mambalm.layers import Attention, Block, GatedMLP, Mamba, Mamba2, RMSNorm
+from mambalm.layers.block import add_and_normalise
 from mambalm.layers.state import State
 from mambalm.models.arguments import full_precision, kept_positions, one_of, refuse_unused
 from mambalm.models.cache import StateCache, is_recurrent, new_cache, read_cache, write_cache
@@ -222,16 +223,19 @@ class MambalmModel(MambalmPreTrainedModel):
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         streams: list[torch.Tensor] = []
         after = []
+        branch: torch.Tensor | None = None
+        apart = not collect and not any(_is_watched(layer) for layer in self.layers)
         for index, layer in enumerate(self.layers):
             before = None if state is None else state.layers[index]
+            x = layer(x, before, cu_seqlens, return_state, branch, apart)
             if return_state:
-                x, new = layer(x, before, cu_seqlens=cu_seqlens, return_state=True)
+                x, new = x
                 after.append(new)
-            else:
-                x = layer(x, before, cu_seqlens=cu_seqlens)
+            if apart:
+                x, branch = x
             if collect:
                 streams.append(x if packing is None else packing.scatter(x))
-        x = self.norm_f(x.to(self.norm_f.weight.dtype))
+        x, _ = add_and_normalise(self.norm_f, x, branch)
         new_state = State(tuple(after), _position(tokens, state, packing)) if return_state else None
         return x if packing is None else packing.scatter(x), new_state, streams if collect else None
 
@@ -356,6 +360,13 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
         elif cache is None and generation_config.use_cache is not False and not is_recurrent(self.config):
             model_kwargs["cache_params"] = StateCache()
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether someone else sees or keeps what a block takes and gives: hooks, checkpointing."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
+    return checkpointed or any(hooks) or hasattr(layer, "_hf_hook")
 
 
 def _position(tokens: torch.Tensor, state: State | None, packing: Packing | None) -> torch.Tensor:

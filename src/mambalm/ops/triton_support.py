@@ -48,7 +48,36 @@ def dense_channels(t: Tensor) -> Tensor:
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it ``device``."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    """``kernel[(programs,)](**arguments, **options)`` on the current device. Triton's own way to the compiled kernel
+    takes the host longer than many a kernel takes the device; here it is one look-up."""
+    values = [arguments[name] for name in kernel.arg_names]
+    if triton.knobs.runtime.interpret:
+        kernel[(programs,)](*values, **options)
+        return
+    kinds = [v if p.is_constexpr else _kind(v) for v, p in zip(values, kernel.params, strict=True)]
+    key = (id(kernel), triton.runtime.driver.active.get_current_device(), *kinds, *options.values())
+    if (compiled := _compiled.get(key)) is None:
+        _compiled[key] = kernel[(programs,)](*values, **options)
+    else:
+        compiled[(programs, 1, 1)](*values)
+
+
+def _kind(value: Any) -> Any:
+    """What Triton compiles for: a tensor's dtype and alignment; whether an integer is 1, a multiple of 16, or wide."""
+    if isinstance(value, Tensor):
+        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype,)
+    if isinstance(value, int):
+        return 1 if value == 1 else (value % 16 == 0, value < 2**31)
+    return value
 
 
 @triton.jit

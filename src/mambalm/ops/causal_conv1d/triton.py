@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mambalm.ops.backends import Call
 from mambalm.ops.causal_conv1d._triton_kernels import convolve_backward, convolve_forward
-from mambalm.ops.triton_support import dense_channels, on, processors, unsupported
+from mambalm.ops.triton_support import dense_channels, launch, on, processors, unsupported
 
 # The inputs and the gradients that a program keeps in registers grow with the taps.
 _MOST_TAPS = 8
@@ -32,7 +32,7 @@ def supports(call: Call) -> str | None:
     return unsupported(call)
 
 
-class _Launch:
+class _Call:
     """The arguments that both kernels take, and how the tokens are cut up."""
 
     def __init__(
@@ -45,6 +45,7 @@ class _Launch:
         cu_seqlens: Tensor | None,
         blocks: dict[str, int],
         most_tokens: int,
+        limited: bool = False,
     ) -> None:
         x = dense_channels(x)
         b, l, d = x.shape
@@ -76,24 +77,28 @@ class _Launch:
             "SILU": silu,
             "K": k,
             "PADDED": triton.next_power_of_2(k),
-            **blocks,
+            "BLOCK": blocks["BLOCK"],
+            "ROWS": blocks["ROWS"],
         }
+        self._options = {"num_warps": blocks["num_warps"]}
+        if limited:
+            self._options["maxnreg"] = _BACKWARD_REGISTERS
 
     def run(self, kernel: Any, parts: int, **more: Any) -> None:
         """Launch ``parts`` programs for each block of channels."""
         with on(self.x.device):
-            kernel[(parts * self._columns,)](**self._arguments, **more)
+            launch(kernel, parts * self._columns, {**self._arguments, **more}, self._options)
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y (b, l, d) and the final state (s, d, k-1), both in x's dtype."""
-    launch = _Launch(x, weight, bias, silu, initial_state, cu_seqlens, _FORWARD, _FORWARD_MOST_TOKENS)
+    call = _Call(x, weight, bias, silu, initial_state, cu_seqlens, _FORWARD, _FORWARD_MOST_TOKENS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final = torch.empty(launch.states, dtype=x.dtype, device=x.device)
-    states = launch.states[0] if final.numel() else 0
-    launch.run(convolve_forward, launch.chunks + states, y=y, final=final, chunks=launch.chunks)
+    final = torch.empty(call.states, dtype=x.dtype, device=x.device)
+    states = call.states[0] if final.numel() else 0
+    call.run(convolve_forward, call.chunks + states, y=y, final=final, chunks=call.chunks)
     return y, final
 
 
@@ -108,16 +113,16 @@ def backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of x, weight, bias and initial_state. What the activation needs is computed again, not kept."""
-    launch = _Launch(x, weight, bias, silu, initial_state, cu_seqlens, _BACKWARD, _BACKWARD_MOST_TOKENS)
     d, k = weight.shape
+    limited = x.is_cuda and torch.version.hip is None and k <= _BACKWARD_REGISTERS_TAPS
+    call = _Call(x, weight, bias, silu, initial_state, cu_seqlens, _BACKWARD, _BACKWARD_MOST_TOKENS, limited)
     dy = dense_channels(dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    shares = torch.empty(launch.chunks, k + 1, d, dtype=torch.float32, device=x.device)
-    limited = x.is_cuda and torch.version.hip is None and k <= _BACKWARD_REGISTERS_TAPS
-    launch.run(
+    shares = torch.empty(call.chunks, k + 1, d, dtype=torch.float32, device=x.device)
+    call.run(
         convolve_backward,
-        launch.chunks,
+        call.chunks,
         dy=dy,
         dfinal=None if dfinal_state is None else dfinal_state.contiguous(),
         dx=dx,
@@ -125,7 +130,6 @@ def backward(
         dinitial=dinitial,
         dy_b=dy.stride(0),
         dy_l=dy.stride(1),
-        **({"maxnreg": _BACKWARD_REGISTERS} if limited else {}),
     )
     # Summed in a fixed order, so that a run can be repeated bit for bit.
     return dx, shares[:, :k].sum(0).T, shares[:, k].sum(0), dinitial

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mambalm.ops.backends import Call
 from mambalm.ops.rms_norm._triton_kernels import norm_backward, norm_forward
-from mambalm.ops.triton_support import dense_channels, on, processors, unsupported
+from mambalm.ops.triton_support import dense_channels, launch, on, processors, unsupported
 
 # A group is held in the registers of one program.
 _MOST_CHANNELS = 65536
@@ -44,10 +44,10 @@ def _launch(kernel: Any, parts: int, group_size: int, inputs: dict[str, Tensor |
     strides = {f"{name}_row": 0 if t is None else t.stride(0) for name, t in inputs.items()}
     first = next(t for t in inputs.values() if t is not None)
     tokens, d = first.shape
+    sizes = {"channels": d, "group_size": group_size, "tokens": tokens}
+    options = {"num_warps": more.pop("num_warps")}
     with on(first.device):
-        kernel[(d // group_size * parts,)](
-            **inputs, **strides, channels=d, group_size=group_size, tokens=tokens, **more
-        )
+        launch(kernel, d // group_size * parts, {**inputs, **strides, **sizes, **more}, options)
 
 
 def forward(

@@ -1,13 +1,14 @@
 """Cross-entropy of a linear layer's outputs that never holds the logits of all tokens at once.
 
-Tokens are taken in chunks: logits, their logsumexp, the loss, and, where a gradient is wanted, the softmax in place of
-the logits. It has one implementation, matrix products and a few passes, hence no backends.
+Tokens are taken in chunks: logits, their logsumexp, the loss, and, where a gradient is wanted, the softmax from the
+same logits. What lies between the matrix products is a backend's, and is chosen automatically.
 """
 
 import torch
 from torch import Tensor
 
 from mambalm.ops import backends, checks
+from mambalm.ops.linear_cross_entropy.portable import product
 
 _OP = "linear_cross_entropy"
 _REDUCTIONS = ("mean", "sum", "none")
@@ -15,7 +16,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 # Tokens whose logits are held at once unless the caller chooses, measured: fewer are slower (on a GPU they spend their
 # time adding up the weight's gradient), twice as many 5 to 10 % faster on an H200 and no faster on a CPU.
 _CHUNK_TOKENS = {"cpu": 256}
-_CHUNK_TOKENS_ELSEWHERE = 2048
+_CHUNK_TOKENS_ELSEWHERE = 4096
 
 
 def linear_cross_entropy(
@@ -109,16 +110,11 @@ def _factors_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return dtype if has_mixed_product else backends.accumulation_dtype(dtype)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, in float32 from half-precision factors."""
-    return a @ b if a.dtype == backends.accumulation_dtype(a.dtype) else torch.mm(a, b, out_dtype=torch.float32)
-
-
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total += _product(a, b)
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
 
 
 def _check_labels(labels: Tensor, ignore_index: int, v: int) -> None:
@@ -164,45 +160,27 @@ def _evaluate(
     dx = x.new_empty((n, d) if wanted[0] else (0,))
     dweight = losses.new_zeros((v, d) if wanted[1] else (0,))
     dbias = losses.new_zeros((v,) if wanted[2] else (0,))
-    for start in range(0, n, chunk_size):
-        part = slice(start, start + chunk_size)
-        rows = x[part].to(factors)
-        counted = labels[part] != ignore_index
-        label = labels[part].where(counted, 0)[:, None]
-        with backends.exact(x.device):
-            log_p, log_normaliser = _log_softmax(rows, weight, bias, label)
-            loss = z_loss * log_normaliser.square() - log_p.gather(1, label)
-            losses[part] = loss.squeeze(1).where(counted, 0)
+    module = backends.choose(backends.Call(_OP, x.device, losses.dtype, {"l": n, "d": d}), "")
+    with backends.exact(x.device):
+        chunks = module.Chunks(min(chunk_size, n), weight, bias, z_loss)
+        for start in range(0, n, chunk_size):
+            part = slice(start, start + chunk_size)
+            rows = x[part].to(factors)
+            counted = labels[part] != ignore_index
+            label = labels[part].where(counted, 0)[:, None]
             if not any(wanted):
+                losses[part] = chunks.losses(rows, label).where(counted, 0)
                 continue
-            factor = (counted.to(losses.dtype) if coefficients is None else coefficients[part].where(counted, 0))[
-                :, None
-            ]
-            dlogits = _logit_gradients(log_p, label, factor, factor * (1 + 2 * z_loss * log_normaliser), factors)
+            factor = counted.to(losses.dtype) if coefficients is None else coefficients[part].where(counted, 0)
+            loss, dlogits = chunks.gradients(rows, label, factor[:, None])
+            losses[part] = loss.where(counted, 0)
             if wanted[0]:
-                dx[part] = _product(dlogits, weight)
+                dx[part] = product(dlogits, weight)
             if wanted[1]:
                 _add_product(dweight, dlogits.T, rows)
             if wanted[2]:
                 dbias += dlogits.sum(0, dtype=dbias.dtype)
     return losses.sum() if summed else losses, dx, dweight, dbias
-
-
-def _log_softmax(rows: Tensor, weight: Tensor, bias: Tensor | None, label: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-probabilities (c, v) and log-normalisers (c, 1) of a chunk of tokens (c, d)."""
-    logits = _product(rows, weight.T)
-    if bias is not None:
-        logits += bias
-    log_p = logits.log_softmax(1)
-    return log_p, logits.gather(1, label) - log_p.gather(1, label)
-
-
-def _logit_gradients(log_p: Tensor, label: Tensor, factor: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
-    """slope p - factor onehot(label) in ``dtype``; uses up ``log_p``, whose memory it takes if it can."""
-    # The label's own entry is made apart, in full precision: p - 1 in half precision would lose a p close to 1.
-    at_label = slope * log_p.gather(1, label).exp() - factor
-    dlogits = log_p if log_p.dtype == dtype else torch.empty_like(log_p, dtype=dtype)
-    return torch.mul(log_p.exp_(), slope, out=dlogits).scatter_(1, label, at_label.to(dtype))
 
 
 _operator = torch.library.custom_op("mambalm::linear_cross_entropy", _evaluate, mutates_args=())
