@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from mambalm.layers import Block, Mamba, RMSNorm
@@ -143,3 +145,18 @@ def test_nothing_is_kept_without_gradients() -> None:
     layer = Mamba(16, recompute=True)
     with torch.no_grad():
         assert not layer(torch.randn(1, 5, 16)).requires_grad
+
+
+def test_under_fsdp2(mesh: DeviceMesh) -> None:
+    """The weights that the backward computes with are gathered again by then."""
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        block = Block(RMSNorm(16), Mamba(16, recompute=again), residual_in_fp32=True)
+        large = [block.mixer.in_proj, block.mixer.x_proj, block.mixer.out_proj]
+        fully_shard(large, mesh=mesh, mp_policy=half)
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        block(torch.randn(2, 9, 16)).square().sum().backward()
+        gradients.append([parameter.grad.full_tensor() for parameter in block.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
