@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,10 +71,9 @@ class Block(nn.Module):
         if self.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         normed, x = add_and_normalise(self.norm, x, branch)
-        normed_dtype = normed.dtype
         if isinstance(self.norm, RMSNorm) and isinstance(self.mixer, Mamba) and self.mixer.recomputes(x):
             with Recomputation() as again:
-                again.give(normed, lambda x: self.norm(x).to(normed_dtype), x)
+                again.give(normed, _normalise_again(self.norm, normed.dtype, branch is not None), x)
                 mixed = self.mixer(normed, state, cu_seqlens, return_state=return_state)
         else:
             mixed = self.mixer(normed, state, cu_seqlens, return_state=return_state)
@@ -89,6 +89,17 @@ class Block(nn.Module):
     ) -> MambaState | AttentionState:
         """The mixer's zero state."""
         return self.mixer.init_state(batch_size, dtype=dtype, device=device)
+
+
+def _normalise_again(norm: RMSNorm, dtype: torch.dtype, added: bool) -> Callable[[Tensor], Tensor]:
+    """norm(x) in ``dtype``, by the same kernel as before: the one that adds has another order of summation."""
+
+    def function(x: Tensor) -> Tensor:
+        if not added:
+            return norm(x).to(dtype)
+        return norm(x.new_zeros(x.shape[-1], dtype=dtype).expand(x.shape), residual=x)[0]
+
+    return function
 
 
 def add_and_normalise(norm: RMSNorm | nn.LayerNorm, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -40,9 +40,10 @@ class StepProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dt_rank) -> (..., d), in x's dtype: float32 weights may meet bfloat16 activations under FSDP2."""
-        if self.scan_bias is None:
-            return super().forward(x)
-        return F.linear(x, self.weight.to(x.dtype))
+        # As rows: of a slice with more axes torch would add the bias in a pass of its own.
+        rows = x.reshape(-1, x.shape[-1])
+        y = super().forward(rows) if self.scan_bias is None else F.linear(rows, self.weight.to(x.dtype))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def full_precision(parameter: Tensor) -> Tensor:

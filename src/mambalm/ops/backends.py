@@ -90,6 +90,12 @@ def _refusal(call: Call, name: str) -> str | None:
     return module if isinstance(module, str) else module.supports(call)
 
 
+def _loaded(op: str, name: str) -> ModuleType:
+    module = _load(op, name)
+    assert isinstance(module, ModuleType)
+    return module
+
+
 def candidates(op: str, device_type: str) -> tuple[str, ...]:
     """The backends of ``op`` that automatic choice tries on a kind of device, best first."""
     names = _CANDIDATES.get(device_type, _LAST_RESORT)
@@ -119,7 +125,7 @@ def choose(call: Call, name: str, *, quiet: bool = False) -> ModuleType:
         reason = _refusal(call, name)
         if reason is not None:
             raise BackendError(f"{call.op}: the {name!r} backend was asked for but cannot run this call: {reason}")
-        return importlib.import_module(f"{__package__}.{call.op}.{name}")
+        return _loaded(call.op, name)
     refused: list[tuple[str, str]] = []
     for candidate in _candidates(call.op, call.device.type):
         reason = _refusal(call, candidate)
@@ -127,7 +133,7 @@ def choose(call: Call, name: str, *, quiet: bool = False) -> ModuleType:
             if not quiet:
                 for other, why in refused:
                     _warn(call.op, other, candidate, why)
-            return importlib.import_module(f"{__package__}.{call.op}.{candidate}")
+            return _loaded(call.op, candidate)
         refused.append((candidate, reason))
     raise BackendError(f"{call.op}: no backend can run this call: " + "; ".join(f"{n}: {w}" for n, w in refused))
 

@@ -53,6 +53,16 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, made for kernels as well, costs the host microseconds; so does the next."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mambalm.ops.backends import Call
 from mambalm.ops.causal_conv1d._triton_kernels import convolve_backward, convolve_forward
-from mambalm.ops.triton_support import dense_channels, launch, on, processors, unsupported
+from mambalm.ops.triton_support import ceil_div, dense_channels, launch, on, power_of_2, processors, unsupported
 
 # The inputs and the gradients that a program keeps in registers grow with the taps.
 _MOST_TAPS = 8
@@ -50,14 +49,14 @@ class _Call:
         x = dense_channels(x)
         b, l, d = x.shape
         k = weight.shape[1]
-        columns = triton.cdiv(d, blocks["BLOCK"])
+        columns = ceil_div(d, blocks["BLOCK"])
         documents = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        wanted = triton.cdiv(b * l * columns, processors(x.device) * _PROGRAMS)
+        wanted = ceil_div(b * l * columns, processors(x.device) * _PROGRAMS)
         # The rows of a batch of single tokens do not wait for each other.
-        least = min(_LEAST_TOKENS, triton.next_power_of_2(max(l, 1)))
-        chunk = min(max(triton.next_power_of_2(wanted), least), most_tokens)
+        least = min(_LEAST_TOKENS, power_of_2(max(l, 1)))
+        chunk = min(max(power_of_2(wanted), least), most_tokens)
         # Without a token there are still gradients of states to hand on.
-        self.chunks = max(triton.cdiv(b * l, chunk), 1)
+        self.chunks = max(ceil_div(b * l, chunk), 1)
         self.states = (documents, d, k - 1)
         self.x = x
         self._columns = columns
@@ -76,7 +75,7 @@ class _Call:
             "chunk": chunk,
             "SILU": silu,
             "K": k,
-            "PADDED": triton.next_power_of_2(k),
+            "PADDED": power_of_2(k),
             "BLOCK": blocks["BLOCK"],
             "ROWS": blocks["ROWS"],
         }

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mambalm.ops.backends import Call
 from mambalm.ops.rms_norm._triton_kernels import norm_backward, norm_forward
-from mambalm.ops.triton_support import dense_channels, launch, on, processors, unsupported
+from mambalm.ops.triton_support import ceil_div, dense_channels, launch, on, power_of_2, processors, unsupported
 
 # A group is held in the registers of one program.
 _MOST_CHANNELS = 65536
@@ -34,7 +33,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _tile(group_size: int, elements_per_warp: int) -> dict[str, int]:
-    block = triton.next_power_of_2(group_size)
+    block = power_of_2(group_size)
     rows = max(_TILE // block, 1)
     return {"BLOCK": block, "ROWS": rows, "num_warps": min(rows * block // elements_per_warp, 16)}
 
@@ -64,7 +63,7 @@ def forward(
     stream = torch.empty((0,) if residual is None else x.shape, dtype=stream_dtype, device=x.device)
     inputs = {name: None if t is None else _rows(t) for name, t in (("x", x), ("gate", gate), ("residual", residual))}
     tile = _tile(group_size, _FORWARD_WARP)
-    programs = triton.cdiv(x.numel() // x.shape[-1], tile["ROWS"])
+    programs = ceil_div(x.numel() // x.shape[-1], tile["ROWS"])
     weight = None if weight is None else weight.contiguous()
     _launch(norm_forward, programs, group_size, inputs, weight=weight, y=y, total=stream, eps=eps, **tile)
     return y, stream
@@ -82,8 +81,8 @@ def backward(
     """The gradients of the ``source`` (x, or the residual stream), of weight and of gate."""
     d = source.shape[-1]
     tile = _tile(group_size, _BACKWARD_WARP)
-    tiles = triton.cdiv(source.numel() // d, tile["ROWS"])
-    programs = min(tiles, triton.cdiv(processors(source.device) * _PROGRAMS, d // group_size))
+    tiles = ceil_div(source.numel() // d, tile["ROWS"])
+    programs = min(tiles, ceil_div(processors(source.device) * _PROGRAMS, d // group_size))
     dsource = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     shares = None if weight is None else torch.empty(programs, d, dtype=torch.float32, device=source.device)
