@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 import mambalm_cli
@@ -55,13 +55,15 @@ def test_a_text_is_continued(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert model["prompt_length"] < 9
 
 
-def test_any_model_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, GPTNeoXForCausalLM])
+def test_any_model_of_transformers(tmp_path: Path, kind: type) -> None:
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "llama")
+    kind(kind.config_class(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "model")
     output = tmp_path / "found.json"
-    result = call("throughput", tmp_path / "llama", *SHORT["throughput"], "--device", "cpu", "-o", output)
-    assert result.exit_code == 0, result.output
-    assert [model["class"] for model in measured(output)["models"]] == ["transformers.LlamaForCausalLM"]
+    for command in ("throughput", "generate", "memory"):
+        result = call(command, tmp_path / "model", *SHORT[command], "--device", "cpu", "-o", output)
+        assert result.exit_code == 0, result.output
+        assert [model["class"] for model in measured(output)["models"]] == [f"transformers.{kind.__name__}"]
 
 
 def test_nothing_to_measure_is_told() -> None:
