@@ -13,8 +13,8 @@ from mambalm.diagnostics.benchmark.measuring import Memory, attempt, clock, rele
 from mambalm.diagnostics.benchmark.subjects import Run, Subject
 from mambalm.generation import Settings
 
-# Steps before a measurement: kernels are compiled, graphs captured, caches grown.
-_WARM_UP = 32
+# Steps before the first measurement, in which kernels are compiled and graphs captured, and before the others.
+_WARM_UP, _WARM_AGAIN = 32, 8
 
 
 def sample_points(tokens: int) -> list[int]:
@@ -70,8 +70,9 @@ def _sampled(subject: Subject, points: Sequence[int], steps: int, chunk_size: in
 
 
 def _advance(run: Run, position: int, chunk_size: int | None) -> bool:
-    if position > run.position + _WARM_UP:
-        run.read(position - _WARM_UP - run.position, chunk_size)
+    warm_up = _WARM_AGAIN if run.position else _WARM_UP
+    if position > run.position + warm_up:
+        run.read(position - warm_up - run.position, chunk_size)
     for _ in run.write(max(0, position - run.position)):
         pass
     return True
