@@ -41,6 +41,9 @@ Random = Annotated[
 Beside = Annotated[bool, typer.Option(help="Measure a Transformer of the same size, with random weights, as well.")]
 Stock = Annotated[bool, typer.Option("--transformers", help="Use transformers' own classes for all models.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="The JSON file; the figure is the PNG beside it.")]
+Chunk = Annotated[
+    int | None, typer.Option(min=1, help="Tokens that are read at once; by default chosen, 2048 for transformers'.")
+]
 Commit = Annotated[str | None, typer.Option(help="What is measured, where mambalm was copied without git.")]
 
 benchmark = typer.Typer(no_args_is_help=True, help="Measure whole models; each command writes a JSON file and a PNG.")
@@ -104,7 +107,7 @@ def memory(
     shortest: Annotated[int, typer.Option(help="The first prompt, a power of two.")] = 2**10,
     longest: Annotated[int, typer.Option(help="The last prompt, a power of two.")] = 2**20,
     seconds: Annotated[float, typer.Option(help="Time for each mode of each model.")] = 120.0,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens that are read at once in the chunked mode.")] = 2048,
+    chunk_size: Chunk = None,
     beside: Beside = True,
     transformers: Stock = False,
     dtype: Dtype = None,
@@ -120,8 +123,13 @@ def memory(
     def measure(subject: Subject) -> dict[str, Any]:
         return {"modes": [measure_memory(subject, name, limits) for name in mode or MODES]}
 
-    told = {"memory_gib": memory_gib, "shortest": shortest, "longest": longest, "seconds": seconds}
-    told["chunk_size"] = chunk_size
+    told: dict[str, Any] = {
+        "memory_gib": memory_gib,
+        "shortest": shortest,
+        "longest": longest,
+        "chunk_size": chunk_size,
+    }
+    told["seconds"] = seconds
     place = parse_device(device)
     subjects = _subjects(models, random, dtype, place, beside, transformers)
     _report("memory", subjects, measure, told, place, output, commit)
@@ -134,7 +142,7 @@ def throughput(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 130_000,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are measured at each sampled position.")] = 256,
     seconds: Annotated[float, typer.Option(help="Write all tokens if by the samples that takes no longer.")] = 250.0,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens read at once on the way to a sample.")] = 2048,
+    chunk_size: Chunk = None,
     beside: Beside = True,
     transformers: Stock = False,
     dtype: Dtype = None,
@@ -147,7 +155,7 @@ def throughput(
     def measure(subject: Subject) -> dict[str, Any]:
         return measure_throughput(subject, tokens, steps=steps, chunk_size=chunk_size, seconds=seconds)
 
-    told = {"tokens": tokens, "steps": steps, "seconds": seconds, "chunk_size": chunk_size}
+    told: dict[str, Any] = {"tokens": tokens, "steps": steps, "seconds": seconds, "chunk_size": chunk_size}
     place = parse_device(device)
     subjects = _subjects(models, random, dtype, place, beside, transformers)
     _report("throughput", subjects, measure, told, place, output, commit)

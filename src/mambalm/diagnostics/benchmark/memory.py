@@ -20,7 +20,7 @@ class Limits:
         bytes: the cap on memory, weights included.
         shortest, longest: the first prompt and the last, powers of two.
         seconds: for a mode.
-        chunk_size: tokens that are read at once in the chunked mode.
+        chunk_size: tokens that are read at once in the chunked mode; None: the subject's.
         steps: what is read token by token of a prompt whose whole would not fit the time; the rest is read in chunks.
 
     Raises:
@@ -31,7 +31,7 @@ class Limits:
     shortest: int = 2**10
     longest: int = 2**20
     seconds: float = 120.0
-    chunk_size: int = 2048
+    chunk_size: int | None = None
     steps: int = 256
 
     def __post_init__(self) -> None:
@@ -73,6 +73,7 @@ class _Search:
             "chunked": self._chunked,
             "token by token": self._token_by_token,
         }[mode]
+        self._chunk_size = limits.chunk_size or subject.chunk_size
         self._began = clock(subject.device)
         self._seconds_per_step = 0.0
         self.run: Run | None = None
@@ -117,8 +118,9 @@ class _Search:
 
     def _chunked(self, length: int) -> dict[str, Any]:
         self.run = self.run or self._subject.begin(1)
-        self.run.read(length - self.run.position, self._limits.chunk_size)
-        return {"read_here": length // 2 if length > self._limits.shortest else length}
+        self.run.read(length - self.run.position, self._chunk_size)
+        read_here = length // 2 if length > self._limits.shortest else length
+        return {"chunk_size": self._chunk_size, "read_here": read_here}
 
     def _token_by_token(self, length: int) -> dict[str, Any]:
         self.run = self.run or self._subject.begin(1)
@@ -132,7 +134,7 @@ class _Search:
             if not self._subject.reads_in_chunks:
                 return {}
             count = self._limits.steps
-            self.run.read(length - count - self.run.position, self._limits.chunk_size)
+            self.run.read(length - count - self.run.position, self._chunk_size)
             self._memory.reset()
         self._write(count)
         return {"sampled": sampled, "steps": count, "ms_per_step": round(1000 * self._seconds_per_step, 4)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mambalm.generation import Engine, Settings, read
+from mambalm.generation.reading import chosen_chunk_size
 from mambalm.layers.state import State
 from mambalm.models.loading import FAMILIES, load
 from mambalm.models.shapes import random_model, shape, similar_transformer
@@ -55,9 +56,11 @@ class Subject(ABC):
         model: the model, in eval mode.
         reads_in_chunks: whether a prompt can be read in pieces.
         is_recurrent: whether it has a state of fixed size, and no cache that grows.
+        chunk_size: tokens of a prompt to read at once where nothing else is asked for.
     """
 
     reads_in_chunks = True
+    chunk_size = 2048
     is_recurrent = True
 
     def __init__(self, name: str, model: Any) -> None:
@@ -131,6 +134,7 @@ class MambalmSubject(Subject):
     def __init__(self, name: str, model: Any) -> None:
         super().__init__(name, model)
         self.engine = Engine(model)
+        self.chunk_size = chosen_chunk_size(model)
 
     def describe(self) -> dict[str, Any]:
         """See `Subject`; and how a step runs."""

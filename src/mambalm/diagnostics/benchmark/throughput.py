@@ -24,14 +24,15 @@ def sample_points(tokens: int) -> list[int]:
 
 
 def measure_throughput(
-    subject: Subject, tokens: int = 130_000, *, steps: int = 256, chunk_size: int = 2048, seconds: float = 250.0
+    subject: Subject, tokens: int = 130_000, *, steps: int = 256, chunk_size: int | None = None, seconds: float = 250.0
 ) -> dict[str, Any]:
     """Measure at sampled positions, then write all of the tokens if that fits the time.
 
     Args:
         subject: the model; batch 1.
         tokens: how many in all.
-        steps: measured at each sampled position, to which the model reads random tokens in chunks of `chunk_size`.
+        steps: measured at each sampled position, to which the model reads random tokens in chunks of `chunk_size` (None: the
+            subject's).
         seconds: what the whole may take, by the sampled speeds.
 
     Returns:
@@ -54,9 +55,9 @@ def measure_throughput(
     return result
 
 
-def _sampled(subject: Subject, points: Sequence[int], steps: int, chunk_size: int) -> list[dict[str, Any]]:
+def _sampled(subject: Subject, points: Sequence[int], steps: int, chunk_size: int | None) -> list[dict[str, Any]]:
     memory, run, rows = Memory(subject.device), subject.begin(1), []
-    chunk = chunk_size if subject.reads_in_chunks else None
+    chunk = (chunk_size or subject.chunk_size) if subject.reads_in_chunks else None
     for point in points:
         if attempt(lambda at=point: _advance(run, at, chunk), subject.device) is None:  # type: ignore[misc]
             rows.append({"position": point, "out_of_memory": True})
