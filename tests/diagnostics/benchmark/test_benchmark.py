@@ -78,6 +78,8 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake subject holds nothing: the process's own memory is none of its business."""
     monkeypatch.setattr(Memory, "peak", lambda self: 1000)
     monkeypatch.setattr(Memory, "total", 2 * GIB)
+    for user in ("memory", "throughput"):
+        monkeypatch.setattr(f"mambalm.diagnostics.benchmark.{user}.release", lambda device: None)
 
 
 @pytest.mark.usefixtures("no_memory")

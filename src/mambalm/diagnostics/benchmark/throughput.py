@@ -31,8 +31,8 @@ def measure_throughput(
     Args:
         subject: the model; batch 1.
         tokens: how many in all.
-        steps: measured at each sampled position, to which the model reads random tokens in chunks of `chunk_size` (None: the
-            subject's).
+        steps: measured at each sampled position, to which the model reads random tokens.
+        chunk_size: of them at once; None: the subject's.
         seconds: what the whole may take, by the sampled speeds.
 
     Returns:
