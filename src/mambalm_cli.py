@@ -25,6 +25,7 @@ COMMANDS = {
     "quickstart": "Train a small Mamba on this Python's standard library, then let it write.",
     "read": "Read a text of any length, and keep the state.",
     "tokenize": "Turn text into token files to train on.",
+    "train": "Train a model by a recipe, from one core to a cluster.",
     "verify": "Check that a model gives the same result however its tokens are fed.",
 }
 # What a user can mend: it is told in one line. Anything else is a bug of ours, and keeps its traceback.

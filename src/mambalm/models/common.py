@@ -279,6 +279,8 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
         cu_seqlens: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         skip_logits: bool = False,
+        targets: torch.Tensor | None = None,
+        z_loss: float = 0.0,
         **unused: Any,
     ) -> tuple[Any, ...] | CausalLMOutput:
         """Logits of the next tokens; see `MambalmModel.forward` for the arguments that are not listed.
@@ -289,8 +291,12 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last so many positions (0: all), or of these positions.
             num_items_in_batch: divide the sum of the losses by this instead of by the number of labels.
             skip_logits: with labels, return the loss alone: tokens x vocabulary logits are never held in memory.
+            targets: (b, l), instead of labels: what each position predicts, as a data loader has shifted it.
+            z_loss: weight of the squared log-normaliser in the loss, as in `mambalm.ops.linear_cross_entropy`.
         """
-        if skip_logits and labels is None:
+        if labels is not None and targets is not None:
+            raise ValueError("labels and targets exclude each other: give the tokens, or what each one predicts")
+        if skip_logits and labels is None and targets is None:
             raise ValueError("skip_logits leaves nothing to compute without labels: give labels, or do not skip")
         tokens = one_of(input_ids, inputs_embeds)
         shape = (tokens.shape[0], tokens.shape[1])
@@ -309,7 +315,13 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
         logits = None
         if not skip_logits:
             logits = full_precision(self.lm_head(kept_positions(hidden, logits_to_keep)))
-        loss = None if labels is None else self._loss(hidden, labels, packing, num_items_in_batch)
+        loss = None
+        if targets is not None:
+            if targets.shape != hidden.shape[:2]:
+                raise ValueError(f"targets is {tuple(targets.shape)}, expected {tuple(hidden.shape[:2])}")
+            loss = self._loss(hidden, targets, num_items_in_batch, z_loss)
+        elif labels is not None:
+            loss = self._loss(*_shifted(hidden, labels, packing), num_items_in_batch, z_loss)
         if not (self.config.return_dict if return_dict is None else return_dict):
             rest = (outputs.cache_params, outputs.hidden_states)
             return tuple(value for value in (loss, logits, *rest) if value is not None)
@@ -320,25 +332,23 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
     def _loss(
         self,
         hidden: torch.Tensor,
-        labels: torch.Tensor,
-        packing: Packing | None,
+        targets: torch.Tensor,
         num_items_in_batch: int | torch.Tensor | None,
+        z_loss: float,
     ) -> torch.Tensor:
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels is {tuple(labels.shape)}, expected the input's {tuple(hidden.shape[:2])}")
-        labels = labels.to(hidden.device)
-        if packing is not None:
-            hidden, labels = packing.gather(hidden), packing.targets(labels, IGNORE_INDEX)
-        reduction = "mean" if num_items_in_batch is None else "sum"
+        """The loss of hidden (b, l, d), each position of which predicts its target (b, l)."""
+        targets = targets.to(hidden.device)
+        options: Any = {"ignore_index": IGNORE_INDEX, "reduction": "mean" if num_items_in_batch is None else "sum"}
         if type(self.lm_head) is nn.Linear and not hasattr(self.lm_head, "_hf_hook"):
             weight, bias = self.lm_head.weight, self.lm_head.bias
-            loss = linear_cross_entropy(
-                hidden, weight, labels, bias=bias, ignore_index=IGNORE_INDEX, shift=True, reduction=reduction
-            )
+            loss = linear_cross_entropy(hidden, weight, targets, bias=bias, z_loss=z_loss, **options)
         else:
             # An adapted or quantised head computes with more than its weight, an offloaded one brings it when called.
-            logits = full_precision(self.lm_head(hidden[:, :-1])).flatten(0, 1)
-            loss = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
+            logits = full_precision(self.lm_head(hidden)).flatten(0, 1)
+            loss = F.cross_entropy(logits, targets.flatten(), **options)
+            if z_loss:
+                counted = logits[targets.flatten() != IGNORE_INDEX].logsumexp(-1).square()
+                loss = loss + z_loss * (counted.mean() if num_items_in_batch is None else counted.sum())
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -367,6 +377,16 @@ def _is_watched(layer: nn.Module) -> bool:
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
     return checkpointed or any(hooks) or hasattr(layer, "_hf_hook")
+
+
+def _shifted(hidden: torch.Tensor, labels: torch.Tensor, packing: Packing | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states as they lie packed, and what each position predicts: the label of the next."""
+    if labels.shape != hidden.shape[:2]:
+        raise ValueError(f"labels is {tuple(labels.shape)}, expected the input's {tuple(hidden.shape[:2])}")
+    labels = labels.to(hidden.device)
+    if packing is not None:
+        hidden, labels = packing.gather(hidden), packing.targets(labels, IGNORE_INDEX)
+    return hidden, torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], dim=1)
 
 
 def _position(tokens: torch.Tensor, state: State | None, packing: Packing | None) -> torch.Tensor:

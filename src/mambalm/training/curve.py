@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mambalm.training.files import replacing
+from mambalm.training.metrics import read_metrics
 
 
 def smoothed(values: Sequence[float], span: int) -> list[float]:
@@ -43,5 +44,44 @@ def plot_bits_per_byte(values: Sequence[float], tokens_per_step: int, lines: Map
     axes.set(xlabel="tokens", ylabel="bits per byte")
     axes.legend()
     axes.grid(alpha=0.3)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def plot_run(metrics: Path, path: Path) -> None:
+    """Draw a run's losses, learning rate and gradient norm over its tokens into a PNG.
+
+    Args:
+        metrics: the metrics.jsonl of the run; nothing is drawn of one without a step.
+        path: where to; replaced atomically.
+    """
+    from matplotlib.figure import Figure
+
+    lines = list(read_metrics(metrics))
+    steps = [line for line in lines if isinstance(line.get("loss"), float) and "verdict" not in line]
+    if not steps:
+        return
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    losses, rates, norms = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+    tokens = [line["tokens"] for line in steps]
+    values = [line["loss"] for line in steps]
+    losses.plot(tokens, values, color="0.8", linewidth=0.6, label="training")
+    losses.plot(tokens, smoothed(values, max(1, math.isqrt(len(values)))), color="C0", label="training, smoothed")
+    held_out = [line for line in lines if "held_out/loss" in line]
+    losses.plot(
+        [line["tokens"] for line in held_out],
+        [line["held_out/loss"] for line in held_out],
+        color="C1",
+        marker=".",
+        label="held out",
+    )
+    losses.set(ylabel="nats per token")
+    losses.legend()
+    rates.plot(tokens, [line["learning_rate"] for line in steps])
+    rates.set(ylabel="learning rate")
+    norms.plot(tokens, [line["gradient_norm"] for line in steps], linewidth=0.6)
+    norms.set(ylabel="gradient norm", xlabel="tokens", yscale="log")
+    for axes in (losses, rates, norms):
+        axes.grid(alpha=0.3)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -1,7 +1,8 @@
-"""The training step, the loop around it, and all that has to be kept for a run to go on exactly where it stopped."""
+"""A run by the clock that hands states on, and all that has to be kept for it to go on exactly where it stopped."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mambalm.data.streams import Batch, SegmentStreams
@@ -18,9 +19,9 @@ from mambalm.layers.state import State
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.training.budget import Budget
 from mambalm.training.files import replacing
-from mambalm.training.optimizer import set_learning_rate
 from mambalm.training.precision import autocast
 from mambalm.training.schedule import Schedule
+from mambalm.training.step import Stepper
 
 
 def next_token_loss(model: MambalmForCausalLM, batch: Batch, state: State | None) -> tuple[Tensor, State]:
@@ -98,22 +99,25 @@ class Run:
             RuntimeError: the loss or its gradient is not finite; the parameters are as they were.
         """
         batch = self.streams[self.step]
-        with autocast(self.model.device, self.compute_dtype):
-            loss, state = next_token_loss(self.model, batch, None if batch.starts else self.states[batch.group])
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip).item()
-        value = loss.item()
-        if not (torch.isfinite(loss) and norm < float("inf")):
+        states: list[State] = []
+
+        def read() -> Tensor:
+            before = None if batch.starts else self.states[batch.group]
+            loss, state = next_token_loss(self.model, batch, before)
+            states.append(state.detach())
+            return loss
+
+        stepper = Stepper(self.optimizer, self.clip, lambda: autocast(self.model.device, self.compute_dtype))
+        value, norm = (found.item() for found in stepper.gradients([read]))
+        if not (math.isfinite(value) and math.isfinite(norm)):
             raise RuntimeError(
                 f"step {self.step + 1}: loss {value}, gradient norm {norm}; resume with a lower learning rate"
             )
         tokens = self.tokens + batch.targets.numel()
         # At the middle of the step's tokens neither the first step of a warm-up nor the last of a decay is wasted.
         rate = self.schedule((self.tokens + tokens) / 2, self.budget.horizon(self.tokens, self.seconds))
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.step, self.tokens, self.states[batch.group] = self.step + 1, tokens, state.detach()
+        stepper.apply(rate)
+        self.step, self.tokens, self.states[batch.group] = self.step + 1, tokens, states[0]
         self.losses.append(value)
         return Report(self.step, self.tokens, value, rate, norm)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,44 @@ _WORTHWHILE = 1.5
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which a model of float32 parameters computes in ``dtype``."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a recipe computes; its parameters are float32 masters in any case.
+
+    Attributes:
+        device: where.
+        compute_dtype: of the matrix products.
+        reduce_dtype: in which gradients are summed over ranks.
+        scaler: of the loss, where gradients may be too small for float16.
+    """
+
+    device: torch.device
+    compute_dtype: torch.dtype = torch.float32
+    reduce_dtype: torch.dtype = torch.float32
+    scaler: torch.amp.GradScaler | None = None
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward."""
+        return autocast(self.device, self.compute_dtype)
+
+
+def policy(name: str, device: torch.device) -> Policy:
+    """The policy of that name in a recipe.
+
+    "bf16" computes in bfloat16; "fp16" in float16 with a scaled loss; "v100" (Kotomamba's) computes in float32 and sums
+    gradients over ranks in float16; "fp32" does all in float32.
+    """
+    if name == "bf16":
+        return Policy(device, torch.bfloat16)
+    if name == "fp16":
+        return Policy(device, torch.float16, scaler=torch.amp.GradScaler(device.type))
+    if name == "v100":
+        return Policy(device, reduce_dtype=torch.float16)
+    if name == "fp32":
+        return Policy(device)
+    raise ValueError(f"unknown precision {name!r}: choose bf16, fp16, v100 or fp32")
 
 
 def fastest_dtype(rows: int = 1024, width: int = 512) -> torch.dtype:

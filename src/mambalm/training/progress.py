@@ -45,6 +45,10 @@ class ProgressBar:
             done = "" if fraction is None else f" {fraction:.0%}"
             self._console.print(f"{self._title}{done} · {text}", highlight=False)
 
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(f"{self._title}: {text}", highlight=False, markup=False)
+
 
 def duration(seconds: float) -> str:
     """Minutes and seconds, as in 2:05."""

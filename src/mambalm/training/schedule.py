@@ -92,3 +92,26 @@ class WarmupStableDecay:
             kept = 1 - (math.sqrt(done) if self.shape == "1-sqrt" else done)
             falling = self.floor + (self.peak - self.floor) * kept
         return falling * _warm_up(tokens, self.warmup)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Linear warm-up, then a line from ``peak`` to ``floor`` at the horizon; a constant where they are equal.
+
+    Attributes:
+        peak: the highest learning rate.
+        warmup: tokens until it is reached.
+        floor: the learning rate from the horizon on.
+    """
+
+    peak: float
+    warmup: float
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.peak, self.floor, self.warmup)
+
+    def __call__(self, tokens: float, horizon: float) -> float:
+        """The learning rate after ``tokens`` of ``horizon`` tokens."""
+        done = min(1.0, max(0.0, tokens - self.warmup) / max(1.0, horizon - self.warmup))
+        return (self.peak + (self.floor - self.peak) * done) * _warm_up(tokens, self.warmup)

@@ -1,0 +1,135 @@
+"""The model of a recipe: made anew, or a checkpoint's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mambalm.models import FalconMambaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
+from mambalm.models.common import MambalmForCausalLM
+from mambalm.models.hybrid import MambaHybridForCausalLM
+from mambalm.models.loading import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from mambalm.training.recipe import ModelSection, Recipe
+
+_FAMILIES: Mapping[str, type[MambalmForCausalLM]] = {
+    "mamba": MambaForCausalLM,
+    "falcon_mamba": FalconMambaForCausalLM,
+    "mamba2": Mamba2ForCausalLM,
+    "hybrid": MambaHybridForCausalLM,
+}
+# Bytes of kept activations for every token and channel inside a block, measured on an H200 with Mamba models of 130M to
+# 2.8B parameters under bfloat16 autocast (docs/decisions/2026-11-22-whole-models-on-h200.md); other families are near.
+_KEPT = {"none": 17.5, "selective": 13.5}
+
+
+def config_of(section: ModelSection) -> PreTrainedConfig:
+    """The configuration of a recipe's model; a field that is null takes a base's out.
+
+    Raises:
+        ValueError: the family has no such field, which transformers would have taken without a word.
+    """
+    kind: Any = _FAMILIES[section.family].config_class
+    values = {name: value for name, value in section.config.items() if value is not None}
+    known = list(kind().to_dict())
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown key model.config.{name} of family {section.family}{hint}")
+    return kind(**values)
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> MambalmForCausalLM:
+    """The float32 model before the first step, on the CPU (or torch's default device, which may be meta).
+
+    Raises:
+        ValueError: the configuration does not fit, or the tokenizer has more tokens than the model.
+    """
+    section = recipe.model
+    if section.start is None:
+        torch.manual_seed(recipe.seed)
+        model = _FAMILIES[section.family](config_of(section))
+    else:
+        model = load(section.start, dtype=torch.float32)
+        if section.new_embeddings:
+            _renew_embeddings(model, tokenizer, recipe.seed)
+    if tokenizer is not None:
+        require_vocabulary(model.config.vocab_size, len(tokenizer), recipe.tokenizer)
+        model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        padding = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
+    model.config.use_cache = True
+    return model.train()
+
+
+def require_vocabulary(rows: int, tokens: int, name: str) -> None:
+    """Refuse token ids that the embeddings have no row for.
+
+    Raises:
+        ValueError: there are such.
+    """
+    if tokens > rows:
+        raise ValueError(
+            f"{name} has {tokens:,} tokens, the model's vocabulary {rows:,}: set model.config.vocab_size to at least "
+            f"that, or, for a model that is continued, model.new_embeddings=true"
+        )
+
+
+def _renew_embeddings(model: MambalmForCausalLM, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:
+    """Embeddings and head for another tokenizer, drawn anew."""
+    if tokenizer is None:
+        raise ValueError("new_embeddings needs the tokenizer that they are for")
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(-(-len(tokenizer) // 8) * 8, mean_resizing=False)
+    deviation = getattr(model.config, "initializer_range", 0.02)
+    modules: Any = (model.get_input_embeddings(), model.get_output_embeddings())
+    for module in modules:
+        torch.nn.init.normal_(module.weight, std=deviation)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a recipe takes.
+
+    Attributes:
+        parameters: trained numbers; tied weights count once.
+        state_bytes: float32 parameters and gradients and both moments of AdamW, on all ranks together.
+        activation_bytes: what a micro-batch keeps for its backward, about, by stage.
+    """
+
+    parameters: int
+    state_bytes: int
+    activation_bytes: tuple[int, ...]
+
+
+def size_of(recipe: Recipe) -> Size:
+    """Count a recipe's parameters, and estimate its memory."""
+    with torch.device("meta"):
+        if recipe.model.start is None:
+            model = _FAMILIES[recipe.model.family](config_of(recipe.model))
+        else:
+            model = load(recipe.model.start, device="meta")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Size(count, 16 * count, tuple(_activations(recipe, model.config, i) for i in range(len(recipe.stages))))
+
+
+def _activations(recipe: Recipe, config: Any, stage: int) -> int:
+    width = getattr(config, "intermediate_size", None) or max(
+        2 * config.hidden_size, getattr(config, "d_intermediate", 0)
+    )
+    section = recipe.stages[stage]
+    tokens = section.micro_batch * section.context
+    kept = recipe.parallel.checkpointing
+    if kept == "full":
+        # The residual stream before every block in float32, and one block in full.
+        return int(tokens * (4 * config.hidden_size * config.num_hidden_layers + _KEPT["none"] * width))
+    scale = 1 if recipe.precision in ("bf16", "fp16") else 2
+    return int(scale * tokens * config.num_hidden_layers * _KEPT[kept] * width)

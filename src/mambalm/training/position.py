@@ -1,0 +1,104 @@
+"""Where a run is, and the data that it reads there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mambalm.data.mixture import MixedStream, open_stream
+from mambalm.data.samples import Batch, collate
+from mambalm.training.model import require_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mambalm.training.recipe import Recipe
+
+
+@dataclass
+class Position:
+    """What a run has done.
+
+    Attributes:
+        step: optimisation steps applied.
+        tokens: learned from, in all; ``stage_tokens`` of them in this stage.
+        stage: its number.
+        sequences: read in this stage, those of steps that were left out as well: the place in the data.
+        taken: what earlier stages have taken of each source.
+        seconds: of training.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    stage: int = 0
+    stage_tokens: int = 0
+    sequences: int = 0
+    taken: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Reader:
+    """Batches of a stage by position, the next one read ahead in a thread."""
+
+    def __init__(
+        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocab_size: int, rank: int = 0, world: int = 1
+    ) -> None:
+        """Read for rank ``rank`` of ``world``, for a model of ``vocab_size`` tokens."""
+        self._recipe, self._tokenizer, self._vocab_size = recipe, tokenizer, vocab_size
+        self._rank, self._world = rank, world
+        self._streams: dict[int, MixedStream] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
+
+    def stream(self, stage: int, taken: Mapping[str, int], split: Any = "train") -> MixedStream:
+        """The samples of a stage, after what earlier ones have taken.
+
+        Raises:
+            ValueError: the token files are not there, or do not fit tokenizer or model.
+        """
+        section = self._recipe.stages[stage]
+        stream = open_stream(
+            self._recipe.data_of(stage).mixture(),
+            length=section.context,
+            tokenizer=self._tokenizer,
+            split=split,
+            seed=self._recipe.seed,
+            granule=self._recipe.longest_context,
+            after=taken,
+        )
+        require_vocabulary(self._vocab_size, stream.vocab_size, "the token files' tokenizer")
+        return stream
+
+    def read(self, position: Position, batch: int) -> list[Batch]:
+        """This rank's micro-batches of the batch at a position.
+
+        Raises:
+            ValueError: the batch cannot be divided among the ranks.
+        """
+        key = (position.stage, position.sequences, batch)
+        if position.stage not in self._streams:
+            self._streams = {position.stage: self.stream(position.stage, position.taken)}
+        ahead, self._ahead = self._ahead, None
+        found = ahead[1].result() if ahead is not None and ahead[0] == key else self._read(*key)
+        following = (position.stage, position.sequences + batch, batch)
+        self._ahead = (following, self._pool.submit(self._read, *following))
+        return found
+
+    def forget(self) -> None:
+        """After a jump to another position."""
+        self._streams, self._ahead = {}, None
+
+    def taken(self, position: Position) -> dict[str, int]:
+        """What has been taken of each source when this stage ends here."""
+        return position.taken | self._streams[position.stage].taken(position.sequences)
+
+    def _read(self, stage: int, first: int, batch: int) -> list[Batch]:
+        if batch % self._world:
+            name = self._recipe.stages[stage].name
+            raise ValueError(f"stage {name}: a batch of {batch} sequences cannot be divided among {self._world} ranks")
+        stream, micro = self._streams[stage], self._recipe.stages[stage].micro_batch
+        begin = first + batch // self._world * self._rank
+        end = begin + batch // self._world
+        return [collate([stream[i] for i in range(j, min(j + micro, end))]) for j in range(begin, end, micro)]
