@@ -52,7 +52,8 @@ def train(
                 console.print(f"Interrupted and saved; the same command goes on ({folder}).", highlight=False)
             raise typer.Exit(REQUEUE)
         if ranks.is_main:
-            console.print(f"Done: mambalm generate {folder / 'model'}", highlight=False)
+            made = "adapters" if resolved.adapter else "mambalm generate"
+            console.print(f"Done: {made} {folder / ('adapter' if resolved.adapter else 'model')}", highlight=False)
 
 
 def _sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mambalm.models.adapters import AdapterReport, attach_adapter
 from mambalm.models.common import MambalmForCausalLM
@@ -51,14 +52,20 @@ class Adapted:
     peft: PeftModel
     report: AdapterReport
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
         """Write the adapters, for `mambalm.models.load_adapter` and PEFT; the folder appears when it is complete.
+
+        Args:
+            folder: where; one that is there is replaced.
+            state: the tensors by their names in ``model``, where it is sharded; None takes its own.
 
         Raises:
             OSError: it could not be written; what the folder held is intact.
         """
+        prefix = "base_model.model."
+        tensors = None if state is None else {f"{prefix}{name}": tensor for name, tensor in state.items()}
         with written_whole(folder, overwrite=True) as incomplete:
-            self.peft.save_pretrained(str(incomplete))
+            self.peft.save_pretrained(str(incomplete), state_dict=tensors)
         return folder
 
     def merged(self) -> MambalmForCausalLM:
@@ -92,12 +99,20 @@ def start(
         ValueError: a target that matches no projection.
         ImportError: PEFT or, for 4 bits, bitsandbytes is not installed.
     """
+    if adapter.four_bits:
+        return put_on(_four_bits(path_or_hub_id, device, dtype), adapter)
+    return put_on(load(path_or_hub_id, dtype=dtype, device=device), adapter)
+
+
+def put_on(model: MambalmForCausalLM, adapter: Adapter) -> Adapted:
+    """Put adapters on a model, in place.
+
+    Raises:
+        ValueError: a target that matches no projection.
+        ImportError: PEFT is not installed.
+    """
     import peft
 
-    if adapter.four_bits:
-        model = _four_bits(path_or_hub_id, device, dtype)
-    else:
-        model = load(path_or_hub_id, dtype=dtype, device=device)
     config = peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,

@@ -13,6 +13,7 @@ from mambalm.models import FalconMambaForCausalLM, Mamba2ForCausalLM, MambaForCa
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.models.hybrid import MambaHybridForCausalLM
 from mambalm.models.loading import load
+from mambalm.training.adapters import Adapter, put_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -101,7 +102,7 @@ class Size:
 
     Attributes:
         parameters: trained numbers; tied weights count once.
-        state_bytes: float32 parameters and gradients and both moments of AdamW, on all ranks together.
+        state_bytes: float32 parameters, and gradients and both moments of those trained, on all ranks together.
         activation_bytes: what a micro-batch keeps for its backward, about, by stage.
     """
 
@@ -117,8 +118,15 @@ def size_of(recipe: Recipe) -> Size:
             model = _FAMILIES[recipe.model.family](config_of(recipe.model))
         else:
             model = load(recipe.model.start, device="meta")
+        if recipe.adapter is not None:
+            put_on(model, Adapter(**recipe.adapter.model_dump()))
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Size(count, 16 * count, tuple(_activations(recipe, model.config, i) for i in range(len(recipe.stages))))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Size(
+        trained,
+        4 * count + 12 * trained,
+        tuple(_activations(recipe, model.config, i) for i in range(len(recipe.stages))),
+    )
 
 
 def _activations(recipe: Recipe, config: Any, stage: int) -> int:

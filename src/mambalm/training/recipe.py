@@ -241,12 +241,27 @@ class ForkSection(Section):
     step: Count
 
 
+class AdapterSection(Section):
+    """LoRA on a checkpoint whose weights stay as they are.
+
+    Attributes:
+        rank, alpha, dropout: LoRA's; what an adapter adds is scaled by alpha / rank.
+        targets: last names of projections; None takes all.
+    """
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | None = None
+
+
 class Recipe(Section):
     """A training run."""
 
     name: str
     tokenizer: str
     model: ModelSection = ModelSection()
+    adapter: AdapterSection | None = None
     data: DataSection
     schedule: ScheduleSection
     stages: tuple[StageSection, ...] = Field(min_length=1)
@@ -264,6 +279,8 @@ class Recipe(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages need names of their own, got {', '.join(names)}")
+        if self.adapter is not None and (self.model.start is None or self.model.new_embeddings):
+            raise ValueError("an adapter needs a checkpoint that stays as it is: set model.start, not new_embeddings")
         for first, last, schedule in self.schedules():
             tokens = sum(stage.tokens for stage in self.stages[first:last])
             if schedule.warmup + schedule.decay > tokens:

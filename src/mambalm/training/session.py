@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from mambalm.training.adapters import Adapter, put_on
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.curve import plot_run
 from mambalm.training.distributed import Ranks
@@ -58,6 +59,11 @@ class Folder:
         """The trained model in transformers' format."""
         return self.path / "model"
 
+    @property
+    def adapter(self) -> Path:
+        """The trained adapters, as PEFT writes them."""
+        return self.path / "adapter"
+
     def prepare(self, recipe: Recipe, restart: bool) -> None:
         """Make the folder and write the recipe into it.
 
@@ -67,7 +73,7 @@ class Folder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if restart:
-            for path in (self.checkpoints, self.model, self.path / "tensorboard"):
+            for path in (self.checkpoints, self.model, self.adapter, self.path / "tensorboard"):
                 shutil.rmtree(path, ignore_errors=True)
             for file in (self.recipe, self.path / "metrics.jsonl"):
                 file.unlink(missing_ok=True)
@@ -104,11 +110,12 @@ def open_trainer(recipe: Recipe, folder: Folder, ranks: Ranks) -> Trainer:
     """
     tokenizer = open_tokenizer(recipe)
     network = build_model(recipe, tokenizer)
+    adapted = None if recipe.adapter is None else put_on(network, Adapter(**recipe.adapter.model_dump()))
     precision = policy(recipe.precision, ranks.device)
     model = parallelise(network, recipe.parallel, precision, ranks)
     section = recipe.checkpoints
     kept = Checkpoints(folder.checkpoints, keep_last=section.keep_last, keep_every=section.keep_every)
-    trainer = Trainer(recipe, network, model, tokenizer, ranks, precision, kept)
+    trainer = Trainer(recipe, network, model, tokenizer, ranks, precision, kept, adapted)
     if kept.latest() is not None:
         trainer.load()
     elif recipe.fork is not None:
@@ -154,6 +161,8 @@ def run(
         folder.prepare(recipe, restart)
     ranks.barrier()
     trainer = open_trainer(recipe, folder, ranks)
+    if ranks.is_main and trainer.adapted is not None:
+        console.print(str(trainer.adapted.report))
     if ranks.is_main and trainer.position.step:
         console.print(f"Going on at step {trainer.position.step:,}, after {trainer.position.tokens:,} tokens.")
     with ExitStack() as stack:
@@ -280,7 +289,7 @@ class Profile:
 
 
 def export(trainer: Trainer, folder: Folder, shard_size: str = "5GB") -> None:
-    """Write the model in transformers' format, bfloat16 if it was trained in half precision.
+    """Write the model in transformers' format, bfloat16 if it was trained in half precision; of adapters those alone.
 
     Raises:
         OSError: it cannot be written; the last checkpoint is intact.
@@ -290,6 +299,9 @@ def export(trainer: Trainer, folder: Folder, shard_size: str = "5GB") -> None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors: dict[str, Any] = get_model_state_dict(trainer.model, options=options)
     if not trainer.ranks.is_main:
+        return
+    if trainer.adapted is not None:
+        trainer.adapted.save(folder.adapter, tensors)
         return
     dtype = torch.float32 if trainer.recipe.precision in ("fp32", "v100") else torch.bfloat16
     incomplete = folder.model.with_name(".model.incomplete")

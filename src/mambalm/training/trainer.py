@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mambalm.data.samples import IGNORED, Batch
 from mambalm.models.common import MambalmForCausalLM
+from mambalm.training.adapters import Adapted
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.distributed import Ranks
 from mambalm.training.guard import Guard, Verdict
@@ -61,6 +62,7 @@ class Trainer:
         ranks: who takes part, on which device.
         policy: the precision.
         checkpoints: where the run is saved.
+        adapted: the adapters, if they alone are trained.
         position: where it is.
         guard: what it has been spared.
     """
@@ -72,6 +74,7 @@ class Trainer:
     ranks: Ranks
     policy: Policy
     checkpoints: Checkpoints
+    adapted: Adapted | None = None
     position: Position = field(default_factory=Position)
     guard: Guard = field(default_factory=Guard)
 
