@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -42,11 +43,14 @@ def measure(
 
 def write(op: str, gate: Case, rows: Callable[[], list[dict[str, Any]]]) -> None:
     """Compare the Triton backend with the reference, then measure, print and write the rows."""
+    parser = argparse.ArgumentParser(description=f"{op} against the floor of its bytes")
+    parser.add_argument("--commit", default="", help="what was measured, where there is no git")
+    options = parser.parse_args()
     if wrong := wrong_tensors(gate, torch.device("cuda"), torch.bfloat16, "triton"):
         raise SystemExit(f"the triton backend is wrong, so it is not timed: {wrong}")
     found = rows()
     for row in found:
         print(json.dumps(row))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    results = {**provenance(), "backend": "triton", "dtype": "bfloat16", "rows": found}
+    results = {**provenance(options.commit), "backend": "triton", "dtype": "bfloat16", "rows": found}
     (RESULTS / f"{op}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -131,4 +131,5 @@ def backward(
         dy_l=dy.stride(1),
     )
     # Summed in a fixed order, so that a run can be repeated bit for bit.
-    return dx, shares[:, :k].sum(0).T, shares[:, k].sum(0), dinitial
+    sums = shares.sum(0)
+    return dx, sums[:k].T.clone(memory_format=torch.contiguous_format), sums[k], dinitial

@@ -15,8 +15,8 @@ _MOST_CHANNELS = 65536
 # Elements of a program's tile, where a group is no larger, and of a warp.
 _TILE = 1024
 _FORWARD_WARP, _BACKWARD_WARP = 1024, 512
-# Programs of the backward per multiprocessor; each keeps a share of the weight's gradient.
-_PROGRAMS = 8
+# Warps of the backward per multiprocessor; each program keeps a share of the weight's gradient.
+_BACKWARD_WARPS = 64
 
 
 def supports(call: Call) -> str | None:
@@ -82,7 +82,8 @@ def backward(
     d = source.shape[-1]
     tile = _tile(group_size, _BACKWARD_WARP)
     tiles = ceil_div(source.numel() // d, tile["ROWS"])
-    programs = min(tiles, ceil_div(processors(source.device) * _PROGRAMS, d // group_size))
+    most = processors(source.device) * max(_BACKWARD_WARPS // tile["num_warps"], 1)
+    programs = min(tiles, ceil_div(most, d // group_size))
     dsource = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     shares = None if weight is None else torch.empty(programs, d, dtype=torch.float32, device=source.device)
