@@ -21,7 +21,7 @@ import torch
 from transformers import FalconMambaConfig, Mamba2Config, MambaConfig
 
 from benchmarks.timing import provenance
-from mambalm.layers import Mamba
+from mambalm.layers import Mamba, Mamba2
 from mambalm.models import FalconMambaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
@@ -95,7 +95,7 @@ def training(case: Training) -> dict[str, Any]:
     """Steps of a model in training."""
     trained = model(case.model, torch.float32).train()
     for module in trained.modules():
-        if isinstance(module, Mamba):
+        if isinstance(module, Mamba | Mamba2):
             module.recompute = case.recompute
     if case.checkpointed:
         trained.gradient_checkpointing_enable({"use_reentrant": False})

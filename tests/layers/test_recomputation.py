@@ -11,14 +11,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from mambalm.layers import Block, Mamba, RMSNorm
+from mambalm.layers import Block, Mamba, Mamba2, RMSNorm
 from mambalm.layers import block as block_module
 from mambalm.layers import mamba as mamba_module
+from mambalm.layers import mamba2 as mamba2_module
 from mambalm.layers.recomputation import Recomputation
 from mambalm.layers.state import MambaState
 
 
-def run(layer: Mamba, x: Tensor, state: MambaState) -> list[Tensor]:
+def run(layer: Mamba | Mamba2, x: Tensor, state: MambaState) -> list[Tensor]:
     """Outputs, and the gradients of x, the state and all parameters."""
     y, after = layer(x, state, return_state=True)
     sources = [x, state.conv, state.ssm, *layer.parameters()]
@@ -28,7 +29,7 @@ def run(layer: Mamba, x: Tensor, state: MambaState) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(total, sources)]
 
 
-def both_ways(layer: Mamba, dtype: torch.dtype | None = None) -> list[list[Tensor]]:
+def both_ways(layer: Mamba | Mamba2, dtype: torch.dtype | None = None) -> list[list[Tensor]]:
     x = torch.randn(2, 37, layer.d_model, requires_grad=True)
     state = layer.init_state(2)
     state = MambaState(torch.randn_like(state.conv).requires_grad_(), torch.randn_like(state.ssm).requires_grad_())
@@ -44,6 +45,13 @@ def both_ways(layer: Mamba, dtype: torch.dtype | None = None) -> list[list[Tenso
 @pytest.mark.parametrize("eps", [None, 1e-6])
 def test_the_gradients_are_the_same_bit_for_bit(eps: float | None, dtype: torch.dtype | None) -> None:
     kept, computed_again = both_ways(Mamba(16, bcdt_rms_eps=eps), dtype)
+    assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"rmsnorm": False}, {"d_ssm": 16, "ngroups": 2}])
+def test_the_gradients_of_mamba2_are_the_same_bit_for_bit(options: dict, dtype: torch.dtype | None) -> None:
+    kept, computed_again = both_ways(Mamba2(16, headdim=8, d_state=8, **options), dtype)
     assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
 
 
@@ -78,12 +86,18 @@ class Noting(Recomputation):
     gives: ClassVar[bool] = True
 
 
-@pytest.mark.parametrize("eps", [None, 1e-6])
-def test_fewer_bytes_are_kept(monkeypatch: pytest.MonkeyPatch, eps: float | None) -> None:
-    """Neither the norm's output (b, l, d / 2) nor the convolution's nor Δ, (b, l, d) each."""
-    monkeypatch.setattr(block_module, "Recomputation", Noting)
-    monkeypatch.setattr(mamba_module, "Recomputation", Noting)
-    block = Block(RMSNorm(64), Mamba(64, recompute=True, bcdt_rms_eps=eps))
+@pytest.mark.parametrize(
+    ("mixer", "channels"),
+    [
+        (Mamba(64, recompute=True), 64 + 128 + 128),  # the norm's output, the convolution's, Δ
+        (Mamba(64, recompute=True, bcdt_rms_eps=1e-6), 64 + 128 + 128),
+        (Mamba2(64, d_state=16, recompute=True), 64 + 160 + 128),  # the norm's, the convolution's, the gated norm's
+    ],
+)
+def test_fewer_bytes_are_kept(monkeypatch: pytest.MonkeyPatch, mixer: Mamba | Mamba2, channels: int) -> None:
+    for module in (block_module, mamba_module, mamba2_module):
+        monkeypatch.setattr(module, "Recomputation", Noting)
+    block = Block(RMSNorm(64), mixer)
     x = torch.randn(1, 256, 64, requires_grad=True)
     kept = []
     for Noting.gives in (False, True):
@@ -91,7 +105,7 @@ def test_fewer_bytes_are_kept(monkeypatch: pytest.MonkeyPatch, eps: float | None
         y = block(x, apart=True)
         kept.append(sum(Noting.kept.values()))
         del y
-    assert kept[0] - kept[1] == 4 * 256 * (64 + 128 + 128)
+    assert kept[0] - kept[1] == 4 * 256 * channels
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

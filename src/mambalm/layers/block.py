@@ -71,7 +71,7 @@ class Block(nn.Module):
         if self.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         normed, x = add_and_normalise(self.norm, x, branch)
-        if isinstance(self.norm, RMSNorm) and isinstance(self.mixer, Mamba) and self.mixer.recomputes(x):
+        if isinstance(self.norm, RMSNorm) and isinstance(self.mixer, Mamba | Mamba2) and self.mixer.recomputes(x):
             with Recomputation() as again:
                 again.give(normed, _normalise_again(self.norm, normed.dtype, branch is not None), x)
                 mixed = self.mixer(normed, state, cu_seqlens, return_state=return_state)

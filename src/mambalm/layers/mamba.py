@@ -18,7 +18,7 @@ from mambalm.layers.initialization import (
     step_bias,
     uniform,
 )
-from mambalm.layers.recomputation import Recomputation, is_possible
+from mambalm.layers.recomputation import Recomputation, is_wanted
 from mambalm.layers.state import MambaState
 from mambalm.ops import rms_norm, selective_scan
 
@@ -169,7 +169,7 @@ class Mamba(nn.Module):
 
     def recomputes(self, x: Tensor) -> bool:
         """Whether the backward of a call on ``x`` computes activations again."""
-        return (x.is_cuda if self.recompute is None else self.recompute) and is_possible()
+        return is_wanted(self.recompute, x)
 
     def _inner(
         self,

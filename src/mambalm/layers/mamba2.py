@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mambalm.layers.initialization import (
 )
 from mambalm.layers.mamba import full_precision
 from mambalm.layers.norm import RMSNorm
+from mambalm.layers.recomputation import Recomputation, is_wanted
 from mambalm.layers.state import MambaState
 from mambalm.ops import ssd
 
@@ -46,6 +48,8 @@ class Mamba2(nn.Module):
         chunk_size: steps per chunk of the op.
         d_inner: inner channels, for checkpoints that state them beside ``expand``.
         norm_eps: the norm's eps.
+        recompute: compute the convolution's output and the gated norm's (in a block also that of the norm before)
+            again in the backward instead of keeping them; as in ``Mamba``.
         backend: the ops' backend; None: automatic choice.
         layer_idx: kept for the caller.
 
@@ -77,6 +81,7 @@ class Mamba2(nn.Module):
         *,
         d_inner: int | None = None,
         norm_eps: float = 1e-5,
+        recompute: bool | None = None,
         backend: str | None = None,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
@@ -93,8 +98,7 @@ class Mamba2(nn.Module):
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         self.dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
         self.chunk_size = chunk_size
-        self.backend = backend
-        self.layer_idx = layer_idx
+        self.recompute, self.backend, self.layer_idx = recompute, backend, layer_idx
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         d_bc = ngroups * d_state
         d_conv_channels, d_mlp = self.d_ssm + 2 * d_bc, self.d_inner - self.d_ssm
@@ -150,9 +154,35 @@ class Mamba2(nn.Module):
         return_state: bool = False,
     ) -> Any:
         """Read x (b, l, d_model) on from ``state``; the contract is that of ``Mamba.forward``."""
-        conv_before, ssm_before = MambaState.unpack(state)
+        conv, ssm = MambaState.unpack(state)
         mlp_gate, mlp, z, xBC, dt = self.in_proj(x).split(self._split, dim=-1)
-        xBC, conv = self.conv1d(xBC, conv_before, cu_seqlens)
+        with Recomputation() if self.recomputes(x) else nullcontext() as again:
+            y, conv, ssm = self._inner(z, xBC, dt, conv, ssm, cu_seqlens, return_state, again)
+            if self.d_ssm < self.d_inner:
+                y = torch.cat([F.silu(mlp_gate) * mlp, y], dim=-1)
+            y = self.out_proj(y)
+        return (y, MambaState(conv, ssm)) if return_state else y
+
+    def recomputes(self, x: Tensor) -> bool:
+        """Whether the backward of a call on ``x`` computes activations again."""
+        return is_wanted(self.recompute, x)
+
+    def _inner(
+        self,
+        z: Tensor,
+        xBC: Tensor,
+        dt: Tensor,
+        conv: Tensor | None,
+        ssm: Tensor | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+        again: Recomputation | None,
+    ) -> Any:
+        """The state-space part between in_proj and out_proj: y, the new conv, and with return_state the new ssm."""
+        inputs = (xBC, conv, cu_seqlens)
+        xBC, conv = self.conv1d(*inputs)
+        if again is not None:
+            again.give(xBC, lambda *inputs: self.conv1d(*inputs)[0], *inputs)
         u, B, C = xBC.split(self._split_conv, dim=-1)
         heads, groups = (self.nheads, self.headdim), (self.ngroups, self.d_state)
         D = full_precision(self.D)
@@ -168,19 +198,20 @@ class Mamba2(nn.Module):
             full_precision(self.dt_bias),
             dt_softplus=True,
             dt_limit=self.dt_limit,
-            initial_state=ssm_before,
+            initial_state=ssm,
             cu_seqlens=cu_seqlens,
             return_final_state=return_state,
             chunk_size=self.chunk_size,
             backend=self.backend,
         )
-        y = (scanned[0] if return_state else scanned).flatten(-2)
+        y, ssm = scanned if return_state else (scanned, None)
+        y = y.flatten(-2)
         if self.norm is not None:
-            y = self.norm(y, gate=z)
-        if self.d_ssm < self.d_inner:
-            y = torch.cat([F.silu(mlp_gate) * mlp, y], dim=-1)
-        y = self.out_proj(y)
-        return (y, MambaState(conv, scanned[1])) if return_state else y
+            norm = self.norm
+            scanned, y = y, norm(y, gate=z)
+            if again is not None:
+                again.give(y, lambda scanned, z: norm(scanned, gate=z), scanned, z)
+        return y, conv, ssm
 
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None

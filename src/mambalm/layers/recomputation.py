@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 
-def is_possible() -> bool:
-    """Whether a backward may compute again what a forward made: torch.compile decides for itself what to keep, and so
-    do hooks that are around already (checkpointing, offloading)."""
+def is_wanted(recompute: bool | None, x: Tensor) -> bool:
+    """Whether the backward of a layer with this ``recompute`` (None: on a GPU) computes again what it made of ``x``.
+
+    torch.compile decides for itself what to keep, and so do hooks that are around already (checkpointing, offloading).
+    """
+    if not (x.is_cuda if recompute is None else recompute):
+        return False
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -19,7 +23,8 @@ def is_possible() -> bool:
 
 
 class Recomputation:
-    """A context whose operators do not keep the tensors that were ``given``: the backward computes those again.
+    """A context whose operators do not keep the tensors that were given, nor views of them: the backward computes those
+    again.
 
     In the context every operator that wants to keep such a tensor keeps a note instead. The first note that the
     backward reads computes the tensor, the last lets go of it. Nothing else changes: what is computed again is what was
@@ -28,7 +33,7 @@ class Recomputation:
     """
 
     def __init__(self) -> None:
-        # The tensors too, so that their addresses are theirs while the context lasts.
+        # By the address of their memory; the tensors too, so that it is theirs while the context lasts.
         self._given: dict[int, tuple[Tensor, _Again]] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
@@ -41,11 +46,11 @@ class Recomputation:
         self._given.clear()
 
     def give(self, tensor: Tensor, function: Callable[..., Tensor], *arguments: Tensor | None) -> None:
-        """Say that ``tensor``, a tensor of its own memory, is ``function(*arguments)``; the arguments are kept."""
-        self._given[tensor.data_ptr()] = (tensor.detach(), _Again(tensor, function, arguments))
+        """Say that ``tensor``, contiguous in memory of its own, is ``function(*arguments)``; the arguments are kept."""
+        self._given[tensor.untyped_storage().data_ptr()] = (tensor.detach(), _Again(tensor, function, arguments))
 
     def _pack(self, tensor: Tensor) -> Any:
-        given, again = self._given.get(tensor.data_ptr(), (None, None))
+        given, again = self._given.get(tensor.untyped_storage().data_ptr(), (None, None))
         if given is None or again is None or tensor.dtype != given.dtype or not tensor.numel():
             return tensor
         again.notes += 1
