@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
-from mambalm.cli.tokenizer import load_tokenizer
+from mambalm.data.tokenizer import load_tokenizer
 from mambalm.diagnostics.benchmark import (
     MODES,
     Subject,

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import mambalm
 from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
-from mambalm.cli.tokenizer import load_tokenizer
+from mambalm.data.tokenizer import load_tokenizer
 from mambalm.generation import Sampling, Settings, end_tokens
 from mambalm.generation.conversation import Conversation
 from mambalm.generation.session import Session

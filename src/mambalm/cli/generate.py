@@ -13,7 +13,7 @@ import typer
 
 import mambalm
 from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
-from mambalm.cli.tokenizer import load_tokenizer
+from mambalm.data.tokenizer import load_tokenizer
 from mambalm.generation import Engine, Sampling, Settings, TextStream, beam_search, end_tokens
 from mambalm.generation import generate as generate_text
 from mambalm.generation.session import Session, continue_texts

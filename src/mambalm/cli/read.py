@@ -15,7 +15,7 @@ from rich.console import Console
 
 import mambalm
 from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
-from mambalm.cli.tokenizer import load_tokenizer
+from mambalm.data.tokenizer import load_tokenizer
 from mambalm.generation import state_file
 from mambalm.generation.session import Session
 from mambalm.generation.token_stream import Mark, TokenStream

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from rich.console import Console
-from transformers import AutoTokenizer
 
+from mambalm.data.tokenizer import load_tokenizer
 from mambalm.training.adapters import Adapter, put_on
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.curve import plot_run
@@ -108,7 +108,7 @@ def open_trainer(recipe: Recipe, folder: Folder, ranks: Ranks) -> Trainer:
     Raises:
         ValueError: tokenizer, model, data or checkpoint do not fit.
     """
-    tokenizer = open_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.tokenizer)
     network = build_model(recipe, tokenizer)
     adapted = None if recipe.adapter is None else put_on(network, Adapter(**recipe.adapter.model_dump()))
     precision = policy(recipe.precision, ranks.device)
@@ -123,21 +123,6 @@ def open_trainer(recipe: Recipe, folder: Folder, ranks: Ranks) -> Trainer:
         trainer.load(recipe.fork.step)
         trainer.checkpoints = kept
     return trainer
-
-
-def open_tokenizer(recipe: Recipe) -> Any:
-    """The recipe's tokenizer.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(recipe.tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"there is no tokenizer {recipe.tokenizer} ({str(error).splitlines()[0]}): name a folder or a Hugging Face "
-            "repository with tokenizer=..."
-        ) from error
 
 
 def run(
