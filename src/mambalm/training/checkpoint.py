@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mambalm.models.formats.io import flush
@@ -74,7 +75,7 @@ class Checkpoints:
         try:
             writing.result()
         # What DCP raises depends on which rank and file failed.
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise OSError(f"cannot write a checkpoint into {self._folder}: {reason}; the last one is intact") from error
 
@@ -95,7 +96,7 @@ class Checkpoints:
                 dcp.load(kept, checkpoint_id=path)
             progress = torch.load(path / _PROGRESS, map_location="cpu", weights_only=True)
         # What is raised depends on which part of it is damaged.
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             others = [other for other in self.steps() if other != step]
             raise ValueError(
                 f"the checkpoint {path} is damaged or of another model: remove it to go on from another "

@@ -1,0 +1,241 @@
+"""The run of a recipe: exact resumption, stages, accumulation, the guard, and a kill at any moment."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from mambalm.training.checkpoint import Checkpoints
+from mambalm.training.distributed import Ranks
+from mambalm.training.guard import DivergedError, Verdict
+from mambalm.training.metrics import read_metrics
+from mambalm.training.recipe_files import dump
+from mambalm.training.session import Folder, run
+from mambalm.training.trainer import Trainer
+from tests.training.runs import finish, recipe, trainer, write_data
+
+SOURCES = Path(__file__).parents[2] / "src"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Trainer]:
+    """The losses of an uninterrupted run, and its trainer."""
+    made = trainer(recipe(data), tmp_path_factory.mktemp("whole"))
+    return finish(made), made
+
+
+@pytest.mark.parametrize("stop", [1, 6, 9, 12])
+def test_a_resumed_run_equals_the_uninterrupted(
+    data: Path, tmp_path: Path, whole: tuple[list[float], Trainer], stop: int
+) -> None:
+    losses, last = whole
+    first = trainer(recipe(data), tmp_path)
+    assert finish(first, stop) == losses[:stop]
+    first.save()
+    first.checkpoints.wait()
+    torch.manual_seed(99)
+    second = trainer(recipe(data), tmp_path)
+    assert second.position.step == stop
+    assert finish(second) == losses[stop:]
+    for name, value in last.network.state_dict().items():
+        assert torch.equal(second.network.state_dict()[name], value), name
+
+
+def test_stages_ramp_and_tokens(whole: tuple[list[float], Trainer], data: Path, tmp_path: Path) -> None:
+    made = trainer(recipe(data), tmp_path)
+    reports = []
+    while not made.is_over:
+        reports.append(made.advance().values)
+    batches = [report["batch"] for report in reports]
+    assert batches[0] == 2
+    assert sorted(batches[: batches.index(8)]) == batches[: batches.index(8)]
+    assert {report["batch"] for report in reports if report["stage"] == "long"} == {4}
+    assert [report["stage"] for report in reports] == sorted((r["stage"] for r in reports), reverse=True)
+    assert reports[-1]["tokens"] == made.position.tokens >= 1280
+    assert [report["loss"] for report in reports] == whole[0]
+
+
+def test_accumulation_does_not_change_the_step(data: Path, tmp_path: Path) -> None:
+    """Documents of different lengths leave micro-batches with different numbers of targets."""
+    found = []
+    for micro_batch in (1, 2, 8):
+        values = yaml.safe_load(dump(recipe(data)))
+        for stage in values["stages"]:
+            stage["micro_batch"] = micro_batch
+        made = trainer(recipe(data, {"stages": values["stages"]}), tmp_path / str(micro_batch))
+        found.append(finish(made, 8))
+    for losses in found[1:]:
+        assert losses == pytest.approx(found[0], rel=1e-5)
+
+
+def test_it_learns(whole: tuple[list[float], Trainer]) -> None:
+    losses, made = whole
+    assert losses[-1] < losses[0] - 0.2
+    measured = made.measure()
+    assert measured["held_out/loss"] == pytest.approx(losses[-1], abs=0.5)
+    assert measured["held_out/bits_per_byte"] > 0
+
+
+def test_bad_steps_change_nothing_and_bring_the_checkpoint_back(data: Path, tmp_path: Path) -> None:
+    made = trainer(recipe(data, {"optimizer": {"patience": 2, "rewinds": 1}}), tmp_path)
+    finish(made, 3)
+    made.save()
+    made.checkpoints.wait()
+    kept = {name: value.clone() for name, value in made.network.state_dict().items()}
+    finish(made, 4)
+    read = made.position.sequences
+    poison = made.network.backbone.embeddings.register_forward_hook(lambda *found: found[2] * math.nan)
+    assert made.advance().verdict is Verdict.LEAVE
+    assert (made.position.step, made.guard.skipped) == (4, 1)
+    assert made.advance().verdict is Verdict.REWIND
+    assert (made.position.step, made.guard.rewinds) == (3, 1)
+    # It stays where the data is, so that it does not read again what did harm.
+    assert made.position.sequences > read
+    for name, value in kept.items():
+        assert torch.equal(made.network.state_dict()[name], value), name
+    with pytest.raises(DivergedError, match="the last checkpoint is intact"):
+        finish(made)
+    poison.remove()
+
+
+def test_a_fork_decays_from_another_runs_checkpoint(data: Path, tmp_path: Path) -> None:
+    base = trainer(recipe(data), tmp_path / "base")
+    finish(base, 6)
+    checkpoints = Checkpoints(tmp_path / "base" / "checkpoints")
+    base.checkpoints = checkpoints
+    base.save()
+    checkpoints.wait()
+    changes = {"fork": {"run": str(tmp_path / "base"), "step": 6}, "schedule": {"kind": "linear", "peak": 1e-2}}
+    fork = trainer(recipe(data, changes), tmp_path / "fork")
+    assert (fork.position, fork.checkpoints.latest()) == (base.position, None)
+    report = fork.advance()
+    assert report.step == 7
+    assert report.values["learning_rate"] < 1e-2
+
+
+def test_another_recipe_in_the_folder_is_refused(data: Path, tmp_path: Path) -> None:
+    console = Console(quiet=True)
+    assert not run(recipe(data), tmp_path / "run", Ranks(), console)
+    with pytest.raises(ValueError, match=r"its schedule.peak is 0.01, here it is 0.02.*--restart"):
+        run(recipe(data, {"schedule": {"kind": "wsd", "peak": 2e-2, "warmup": 100, "decay": 400}}), tmp_path / "run",
+            Ranks(), console)  # fmt: skip
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"checkpoints", "curves.png", "metrics.jsonl", "model", "recipe.yaml", "tensorboard"}
+
+
+def test_wrong_vocabulary_and_missing_files_are_named(data: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(dump(recipe(data)))
+    values["model"]["config"]["vocab_size"] = 100
+    with pytest.raises(ValueError, match=r"has 272 tokens, the model's vocabulary 100: set model\.config\.vocab_size"):
+        trainer(recipe(data, {"model": values["model"]}), tmp_path)
+    made = trainer(recipe(data, {"data": {"sources": [{"path": str(tmp_path / "none")}]}}), tmp_path)
+    with pytest.raises(ValueError, match="mambalm tokenize"):
+        made.advance()
+    with pytest.raises(ValueError, match="there is no tokenizer"):
+        trainer(recipe(data, {"tokenizer": str(tmp_path / "none")}), tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(recipe(data), tmp_path)
+    finish(made, 2)
+    made.save()
+    made.checkpoints.wait()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    finish(made, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("mambalm.training.checkpoint.flush", full)
+        made.save()
+        with pytest.raises(OSError, match=r"No space left on device; the last one is intact"):
+            made.checkpoints.wait()
+    assert made.checkpoints.steps() == [2]
+    assert trainer(recipe(data), tmp_path).position.step == 2
+
+
+def test_an_unreadable_shard_is_named(data: Path, tmp_path: Path) -> None:
+    made = trainer(recipe(data), tmp_path)
+    finish(made, 2)
+    made.save()
+    made.checkpoints.wait()
+    shard = next((tmp_path / "checkpoints" / "step-2").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"step-2 is damaged or of another model"):
+        trainer(recipe(data), tmp_path)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from mambalm.training.recipe_files import load_recipe
+from mambalm.training.distributed import Ranks
+from mambalm.training.session import run
+from rich.console import Console
+run(load_recipe({recipe!r}), Path({folder!r}), Ranks(), Console(quiet=True))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(data: Path, tmp_path: Path, whole: tuple[list[float], Trainer]) -> None:
+    """Killed while it trains and while it saves, again and again, it ends with the uninterrupted run's losses."""
+    made = recipe(data, {"checkpoints": {"every": 1}})
+    (tmp_path / "recipe.yaml").write_text(dump(made))
+    names = {"recipe": str(tmp_path / "recipe.yaml"), "folder": str(tmp_path / "run")}
+    source = KILLED.format(path=[path for path in sys.path if path], **names)
+    moments = random.Random(os.getpid())
+    kills, metrics = 0, tmp_path / "run" / "metrics.jsonl"
+    for _ in range(5):
+        known = len(list(read_metrics(metrics)))
+        process = subprocess.Popen(
+            [sys.executable, "-c", source], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+        )
+        # A checkpoint follows every step: any moment after a new step is near one.
+        while process.poll() is None and len(list(read_metrics(metrics))) <= known:
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.15)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        kills += 1
+    if process.returncode:
+        subprocess.run([sys.executable, "-c", source], check=True, cwd=Path(__file__).parents[2])
+    assert kills >= 1
+    losses = [line["loss"] for line in read_metrics(metrics) if "loss" in line]
+    assert losses == whole[0]
+
+
+def test_a_signal_saves_and_asks_to_be_requeued(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump(recipe(data, {"checkpoints": {"every": 1000}})))
+    folder = tmp_path / "run"
+    arguments = ["-m", "mambalm", "train", str(tmp_path / "recipe.yaml"), "--output", str(folder), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCES)}
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
+    while process.poll() is None and len(list(read_metrics(folder / "metrics.jsonl"))) < 1:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 75, output
+    assert "the same command goes on" in output
+    assert Folder(folder).checkpoints.is_dir()
+    last = list(read_metrics(folder / "metrics.jsonl"))[-1]["step"]
+    assert Checkpoints(folder / "checkpoints").latest() == last
