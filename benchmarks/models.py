@@ -21,7 +21,6 @@ import torch
 from transformers import FalconMambaConfig, Mamba2Config, MambaConfig
 
 from benchmarks.timing import provenance
-from mambalm.layers import Mamba, Mamba2
 from mambalm.models import FalconMambaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +41,7 @@ class Training:
     peer_peak: float | None
     goal: float | None
     recompute: bool = True  # as in `mambalm.layers.Mamba`
+    scans: int = 0  # blocks that compute the scan again as well
     checkpointed: int = 0  # blocks of which nothing but the input is kept
     length: int = 2048
 
@@ -49,9 +49,9 @@ class Training:
 TRAINING = (
     Training("130m", 32, 188e3, 64, 330e3),
     Training("130m", 32, 188e3, 64, 330e3, recompute=False),
-    Training("1.4b", 16, 32.2e3, 98, 52e3),
-    Training("2.8b", 8, 17.6e3, 98, 28e3),
-    Training("2.8b", 16, 14.3e3, 86, 24e3, checkpointed=52),
+    Training("1.4b", 16, 32.2e3, 98, 52e3, scans=6),
+    Training("2.8b", 8, 17.6e3, 98, 28e3, scans=26),
+    Training("2.8b", 16, 14.3e3, 86, 24e3, scans=64, checkpointed=44),
     Training("mamba2-130m", 32, None, None, None),
     Training("mamba2-2.7b", 8, None, None, None),
 )
@@ -94,9 +94,8 @@ def timed(function: Callable[[], object], repeats: int) -> tuple[float, float]:
 def training(case: Training) -> dict[str, Any]:
     """Steps of a model in training."""
     trained = model(case.model, torch.float32).train()
-    for module in trained.modules():
-        if isinstance(module, Mamba | Mamba2):
-            module.recompute = case.recompute
+    for index, block in enumerate(trained.backbone.layers):
+        block.mixer.recompute = "scan" if index < case.scans else case.recompute
     if case.checkpointed:
         trained.gradient_checkpointing_enable({"use_reentrant": False})
         for block in trained.backbone.layers[case.checkpointed :]:
@@ -116,7 +115,7 @@ def training(case: Training) -> dict[str, Any]:
     speed = case.batch * case.length / seconds
     parameters = sum(p.numel() for p in trained.parameters())
     return {
-        **{name: getattr(case, name) for name in ("model", "batch", "length", "recompute", "checkpointed")},
+        **{name: getattr(case, name) for name in ("model", "batch", "length", "recompute", "scans", "checkpointed")},
         "tokens_per_second": round(speed),
         "mfu": round(6 * parameters * speed / PEAK_FLOPS, 4),
         "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),

@@ -29,12 +29,14 @@ def run(layer: Mamba | Mamba2, x: Tensor, state: MambaState) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(total, sources)]
 
 
-def both_ways(layer: Mamba | Mamba2, dtype: torch.dtype | None = None) -> list[list[Tensor]]:
+def both_ways(
+    layer: Mamba | Mamba2, dtype: torch.dtype | None = None, recompute: bool | str = True
+) -> list[list[Tensor]]:
     x = torch.randn(2, 37, layer.d_model, requires_grad=True)
     state = layer.init_state(2)
     state = MambaState(torch.randn_like(state.conv).requires_grad_(), torch.randn_like(state.ssm).requires_grad_())
     results = []
-    for layer.recompute in (False, True):
+    for layer.recompute in (False, recompute):
         torch.manual_seed(0)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             results.append(run(layer, x, state))
@@ -43,8 +45,11 @@ def both_ways(layer: Mamba | Mamba2, dtype: torch.dtype | None = None) -> list[l
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("eps", [None, 1e-6])
-def test_the_gradients_are_the_same_bit_for_bit(eps: float | None, dtype: torch.dtype | None) -> None:
-    kept, computed_again = both_ways(Mamba(16, bcdt_rms_eps=eps), dtype)
+@pytest.mark.parametrize("recompute", [True, "scan"])
+def test_the_gradients_are_the_same_bit_for_bit(
+    recompute: bool | str, eps: float | None, dtype: torch.dtype | None
+) -> None:
+    kept, computed_again = both_ways(Mamba(16, bcdt_rms_eps=eps), dtype, recompute)
     assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
 
 

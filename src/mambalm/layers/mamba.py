@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mambalm.layers.convolution import CausalConv1d
 from mambalm.layers.initialization import (
@@ -66,7 +67,8 @@ class Mamba(nn.Module):
         d_inner: inner channels d, for checkpoints that state them beside ``expand``.
         bcdt_rms_eps: normalise Δ, B and C by their root mean square, with this eps and without weights (FalconMamba).
         recompute: compute the convolution's output and Δ (in a block also the norm's output) again in the backward
-            instead of keeping them; None: on a GPU. Hooks on saved tensors that are around the layer, such as
+            instead of keeping them; "scan": that and the scan, of which then nothing is kept but its output, by
+            checkpointing; None: on a GPU the first of these. Hooks on saved tensors that are around the layer, such as
             checkpointing's, take precedence. See docs/decisions/2026-11-27-recomputation.md.
         backend: the ops' backend; None: automatic choice.
         layer_idx: kept for the caller.
@@ -92,7 +94,7 @@ class Mamba(nn.Module):
         *,
         d_inner: int | None = None,
         bcdt_rms_eps: float | None = None,
-        recompute: bool | None = None,
+        recompute: bool | Literal["scan"] | None = None,
         backend: str | None = None,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
@@ -159,11 +161,13 @@ class Mamba(nn.Module):
         """
         u, z = self.in_proj(x).chunk(2, dim=-1)
         conv, ssm = MambaState.unpack(state)
-        if self.recomputes(x):
+        if not self.recomputes(x):
+            y, conv, ssm = self._inner(u, z, conv, ssm, cu_seqlens)
+        elif self.recompute == "scan":
+            y, conv, ssm = checkpoint(self._inner, u, z, conv, ssm, cu_seqlens, use_reentrant=False)
+        else:
             with Recomputation() as again:
                 y, conv, ssm = self._inner(u, z, conv, ssm, cu_seqlens, again)
-        else:
-            y, conv, ssm = self._inner(u, z, conv, ssm, cu_seqlens)
         y = self.out_proj(y)
         return (y, MambaState(conv, ssm)) if return_state else y
 

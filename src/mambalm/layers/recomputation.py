@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 
-def is_wanted(recompute: bool | None, x: Tensor) -> bool:
+def is_wanted(recompute: bool | str | None, x: Tensor) -> bool:
     """Whether the backward of a layer with this ``recompute`` (None: on a GPU) computes again what it made of ``x``.
 
     torch.compile decides for itself what to keep, and so do hooks that are around already (checkpointing, offloading).
     """
-    if not (x.is_cuda if recompute is None else recompute):
+    if not (x.is_cuda if recompute is None else bool(recompute)):
         return False
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
