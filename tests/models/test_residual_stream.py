@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
+from mambalm.models import common
 from tests.helpers import assert_close
 from tests.models.tiny import FAMILIES, tokens
 
@@ -24,3 +29,29 @@ def test_a_hook_sees_the_sums(family: str) -> None:
     assert torch.equal(seen[0], outputs.hidden_states[0])
     for logits in (hooked, outputs.logits):
         assert_close({"logits": logits}, {"logits": expected}, 1e-6)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield DeviceMesh("cpu", [0])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sharded_blocks_add_late_too(mesh: DeviceMesh) -> None:
+    model, ids = FAMILIES["mamba"].model().train(), tokens(2, 7)
+    model(ids, labels=ids).loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for block in model.backbone.layers:
+        fully_shard(block, mesh=mesh)
+    assert not any(common._is_watched(block) for block in model.backbone.layers)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        assert_close({name: gradient}, {name: expected[name]}, 1e-6)
+    handle = model.backbone.layers[0].register_forward_hook(lambda *_: None)
+    assert common._is_watched(model.backbone.layers[0])
+    handle.remove()

@@ -373,10 +373,12 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
 
 
 def _is_watched(layer: nn.Module) -> bool:
-    """Whether someone else sees or keeps what a block takes and gives: hooks, checkpointing."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
-    return checkpointed or any(hooks) or hasattr(layer, "_hf_hook")
+    """Whether someone else sees or keeps what a block takes and gives: hooks, checkpointing. FSDP's only pass it on."""
+    all_hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    hooks = (hook for hooks in all_hooks for hook in hooks.values())
+    if any(not getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks):
+        return True
+    return hasattr(layer, "_hf_hook") or (layer.training and getattr(layer, "gradient_checkpointing", False))
 
 
 def _shifted(hidden: torch.Tensor, labels: torch.Tensor, packing: Packing | None) -> tuple[torch.Tensor, torch.Tensor]:
