@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mambalm.ops.ssd import ssd
-from tests.helpers import cu_seqlens, pieces
+from tests.helpers import cu_seqlens, pieces, relative_error
 
 TOKENS = ("x", "dt", "B", "C", "z")
 
@@ -43,8 +43,8 @@ def arguments(
     }
 
 
-def scan(backend: str | None, offsets: list[int] | None = None, **options: Any) -> Any:
-    packed = None if offsets is None else cu_seqlens(offsets)
+def scan(backend: str | None, offsets: list[int] | None = None, *, device: str = "cpu", **options: Any) -> Any:
+    packed = None if offsets is None else cu_seqlens(offsets, device)
     options = {"dt_softplus": True, "chunk_size": 16} | options
 
     def run(**kwargs: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,3 +90,17 @@ def only_y(backend: str, offsets: list[int], **options: Any) -> Any:
     return lambda **kwargs: ssd(
         **kwargs, dt_softplus=True, cu_seqlens=packed, backend=backend, **{"chunk_size": 16} | options
     )
+
+
+def rounded_states(rounded: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The yardstick of kernels whose matrix products take operands of ``dtype``: what the reference makes in that
+    dtype; of what it makes in float32 (states, gradients of states and parameters) the worse of that and the exact
+    result rounded to ``dtype`` once. The gradients of A and the bias are sums over tokens in which most cancels, and
+    their terms come from products of operands that were rounded twice: they may err twice as much."""
+
+    def worse(name: str, t: Tensor) -> Tensor:
+        truth, once = exact[name], exact[name].to(dtype)
+        found = once if relative_error(once, truth) > relative_error(t, truth) else t
+        return 2 * found - truth if name in ("dA", "ddt_bias") else found
+
+    return {name: t if t.dtype == dtype else worse(name, t) for name, t in rounded.items()}

@@ -14,6 +14,10 @@ from torch import Tensor
 from mambalm.ops.backends import Call
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# log1p(e) / e on [0, 1] to 2e-7, least squares weighted towards equal relative error, rising powers.
+LOG1P = tl.constexpr(
+    (0.999999806, -0.499974053, 0.332754776, -0.244954498, 0.177452043, -0.10768117, 0.0440892381, -0.00853909631)
+)
 
 
 def unsupported(call: Call) -> str | None:
@@ -39,6 +43,13 @@ def _no_compiler() -> str | None:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a usual number where torch does not say."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have; a usual number where torch does not say."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(properties, "shared_memory_per_block_optin", 1 << 16)
 
 
 def dense_channels(t: Tensor) -> Tensor:
@@ -101,3 +112,13 @@ def silu_gradient(x):  # type: ignore[no-untyped-def]
     """The derivative of x sigmoid(x)."""
     s = sigmoid(x)
     return s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def softplus(x):  # type: ignore[no-untyped-def]
+    """max(x, 0) + log1p(exp(-|x|)): relative accuracy at both ends, where log(1 + exp(x)) has none."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    p = e * LOG1P[7] + LOG1P[6]
+    for i in tl.static_range(6):
+        p = p * e + LOG1P[5 - i]
+    return tl.maximum(x, 0.0) + e * p

@@ -14,7 +14,7 @@ from mambalm.ops.selective_scan._gluon_compat import gl, gluon, view
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-# log1p(e) / e on [0, 1] to 2e-7, see _triton_kernels.py.
+# log1p(e) / e on [0, 1] to 2e-7, see triton_support.py.
 P0 = gl.constexpr(0.999999806)
 P1 = gl.constexpr(-0.499974053)
 P2 = gl.constexpr(0.332754776)

@@ -1,0 +1,269 @@
+"""ssd on any GPU that Triton knows, and in Triton's interpreter on a CPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mambalm.ops.backends import Call
+from mambalm.ops.ssd import _launch
+from mambalm.ops.ssd._launch import Problem, checkpoint_shape, skip_strides, stride_arguments
+from mambalm.ops.ssd._triton_kernels import advance, finish, pairs, prepare, scan, sums
+from mambalm.ops.ssd.arguments import Arguments
+from mambalm.ops.triton_support import dense_channels, on
+
+__all__ = ["backward", "checkpoint_shape", "forward", "supports"]
+
+Decays = dict[str, Tensor | None]
+Scan = Callable[[Problem, Decays, "Pass"], Tensor | None]
+
+# Heads of a program that makes or sums decays; cells of a state of a program that makes one step.
+_HEADS, _STEP_CELLS = 16, 2048
+# Chunks in flight at most, and warps: of a scan, of one that makes no outputs, of the pairs.
+_SCAN, _STATES, _PAIRS = (2, 4), (3, 4), (3, 8)
+_SUMS = 4  # warps
+
+
+def supports(call: Call) -> str | None:
+    """None, or why the call cannot run here."""
+    return _launch.unsupported(call)
+
+
+def forward(*arguments, final: bool, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    """y, the final state (empty unless asked for) and an empty tensor; arguments as in the interface."""
+    return run_forward(Problem.of(Arguments(*arguments)), final, scan_rows)
+
+
+def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state."""
+    *inputs, _ = arguments
+    return run_backward(Problem.of(Arguments(*inputs)), dy, dfinal_state, scan_rows)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a scan over all rows is to make: forwards y, or dz where dy is given, backwards in time dx from dy."""
+
+    out: Tensor | None
+    reverse: bool = False
+    dy: Tensor | None = None
+    initial: Tensor | None = None
+    final: Tensor | None = None
+    keep: bool = False  # the states that enter the chunks
+
+
+def run_forward(problem: Problem, final: bool, scan_with: Scan) -> tuple[Tensor, ...]:
+    """As `forward`, with a given implementation of the scan."""
+    y = problem.empty(problem.b, problem.l, problem.h, problem.p, dtype=problem.dtype)
+    state = problem.new_states() if final else None
+    with on(problem.device):
+        if problem.l == 1 and problem.tensors["cu_seqlens"] is None:
+            _advance(problem, y, state)
+        else:
+            scan_with(problem, _prepare(problem), Pass(y, initial=problem.tensors["initial"], final=state))
+    return y, problem.empty(0) if state is None else state, problem.empty(0)
+
+
+def run_backward(
+    problem: Problem, dy: Tensor, dfinal_state: Tensor | None, scan_with: Scan
+) -> tuple[Tensor | None, ...]:
+    """As `backward`, with a given implementation of the scan."""
+    dy = dense_channels(dy)
+    dx, dz = (
+        None if (t := problem.tensors[name]) is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for name in "xz"
+    )
+    initial = problem.tensors["initial"]
+    dinitial = None if initial is None else problem.new_states()
+    dfinal = None if dfinal_state is None else dfinal_state.contiguous()
+    with on(problem.device):
+        decays = _prepare(problem)
+        entering = scan_with(problem, decays, Pass(dz, dy=None if dz is None else dy, initial=initial, keep=True))
+        back = Pass(dx, reverse=True, dy=dy, initial=dfinal, final=dinitial, keep=True)
+        leaving = scan_with(problem, decays, back)
+        chunks = _chunks(problem, decays, dy, (entering, leaving))
+        dB, dC = _pairs(problem, chunks)
+        dD, partial = _sums(problem, chunks)
+        ddt, dA, dbias = _finish(problem, decays, partial)
+    return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
+
+
+def _prepare(problem: Problem) -> Decays:
+    shape = (problem.h, problem.slots, problem.chunk)
+    found = {name: problem.empty(*shape) for name in ("step", "decay")}
+    decays = {**found, "whole": problem.empty(*shape) if problem.exact else None}
+    if problem.slots:
+        prepare[(problem.slots, triton.cdiv(problem.h, _HEADS))](**_steps(problem), **decays)
+    return decays
+
+
+def _steps(problem: Problem) -> dict[str, Any]:
+    """What the kernels over steps take first."""
+    given = {name: problem.tensors[name] for name in ("dt", "A", "bias", "cu_seqlens")}
+    sizes = {"length": problem.l, "heads": problem.h, "rows": problem.rows, "slots": problem.slots}
+    strides = stride_arguments("dt", problem.tensors["dt"], "blh")
+    return {**given, **strides, **problem.limits, **sizes, "Q": problem.chunk, "HEADS": _HEADS, "num_warps": 2}
+
+
+def scan_rows(problem: Problem, decays: Decays, wanted: Pass) -> Tensor | None:
+    """A scan in plain Triton; returns the states that enter the chunks (slots, blocks, n, p), if they are wanted."""
+    segments = problem.segments()
+    states = None
+    if wanted.keep:
+        tiles = problem.tiles()
+        dtype = torch.bfloat16 if problem.dtype == torch.bfloat16 else torch.float32
+        states = problem.empty(problem.slots, problem.blocks, tiles["N"], tiles["P"], dtype=dtype)
+    ends = segment_ends(problem, decays, wanted, segments)
+    targets = {"out": wanted.out, "states": states, "initial": wanted.initial, "final": wanted.final}
+    _launch_scan(problem, decays, wanted, segments, **targets, **ends, SUMMARY=False)
+    return states
+
+
+def segment_ends(problem: Problem, decays: Decays, wanted: Pass, segments: int) -> dict[str, Tensor | None]:
+    """What each of a row's segments does to a state, for all of them to be scanned side by side."""
+    if segments == 1:
+        return {"ends": None, "totals": None}
+    ends = problem.empty(problem.rows * segments, problem.h, problem.p, problem.n)
+    found: dict[str, Tensor | None] = {"ends": ends, "totals": problem.empty(problem.rows * segments, problem.h)}
+    nothing = {"out": None, "states": None, "initial": None, "final": None}
+    _launch_scan(problem, decays, wanted, segments, **nothing, **found, SUMMARY=True)
+    return found
+
+
+def roles(problem: Problem, wanted: Pass) -> dict[str, Tensor | None]:
+    """The tensors of a scan by what they are in it."""
+    given = problem.tensors
+    if wanted.reverse:
+        return {"u": wanted.dy, "key": given["C"], "query": given["B"], "z": given["z"], "dy": None}
+    return {"u": given["x"], "key": given["B"], "query": given["C"], "z": given["z"], "dy": wanted.dy}
+
+
+def _launch_scan(problem: Problem, decays: Decays, wanted: Pass, segments: int, **rest: Any) -> None:
+    tensors, D = roles(problem, wanted), problem.tensors["D"]
+    strides = {k: v for name, t in tensors.items() for k, v in stride_arguments(name, t, _axes(name)).items()}
+    if programs := problem.blocks * problem.rows * segments:
+        scan[(programs,)](
+            **tensors,
+            **strides,
+            **skip_strides(D),
+            **decays,
+            **problem.sizes(),
+            **problem.tiles(),
+            **rest,
+            D=D,
+            cu_seqlens=problem.tensors["cu_seqlens"],
+            SEGMENTS=segments,
+            REVERSE=wanted.reverse,
+            **_plan(problem, wanted.out is None or rest["SUMMARY"]),
+        )
+
+
+def _plan(problem: Problem, no_outputs: bool) -> dict[str, int]:
+    """As many chunks in flight as shared memory has room for."""
+    tiles = problem.tiles()
+    q, p, n = (tiles[name] for name in "QPN")
+    (most, warps), matrices = (_STATES, 1) if no_outputs else (_SCAN, 2)
+    stages = problem.stages(q * (p + matrices * n), q * q + n * p, most)
+    return {"STAGES": stages, "num_warps": warps}
+
+
+def _axes(name: str) -> str:
+    return "blg" if name in ("key", "query", "B", "C") else "blh"
+
+
+def _chunks(problem: Problem, decays: Decays, dy: Tensor, kept: tuple[Tensor | None, Tensor | None]) -> dict[str, Any]:
+    """What the kernels over chunks take first."""
+    given = problem.tensors
+    tensors = {"x": given["x"], "dy": dy, "z": given["z"], "B": given["B"], "C": given["C"]}
+    strides = {k: v for name, t in tensors.items() for k, v in stride_arguments(name, t, _axes(name)).items()}
+    states = {"states": kept[0], "dstates": kept[1], "cu_seqlens": given["cu_seqlens"], "rows": problem.rows}
+    return {**tensors, **strides, **decays, **states, **problem.sizes(), **problem.tiles()}
+
+
+def _pairs(problem: Problem, chunks: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The gradients of B and C."""
+    shares, (most, warps) = problem.shares(), _PAIRS
+    q, p, n = (problem.tiles()[name] for name in "QPN")
+    shape = (shares, problem.b, problem.l, problem.g, problem.n)
+    dtype = problem.dtype if shares == 1 else torch.float32
+    dB, dC = problem.empty(*shape, dtype=dtype), problem.empty(*shape, dtype=dtype)
+    if problem.slots:
+        pairs[(problem.slots * problem.g * shares,)](
+            **chunks,
+            dB=dB,
+            dC=dC,
+            groups=problem.g,
+            shares=shares,
+            tokens=problem.b * problem.l,
+            STAGES=problem.stages(2 * (q + n) * p, 2 * q * n + q * q, most),
+            num_warps=warps,
+        )
+    return (dB[0], dC[0]) if shares == 1 else (dB.sum(0), dC.sum(0))
+
+
+def _sums(problem: Problem, chunks: dict[str, Any]) -> tuple[Tensor | None, Decays]:
+    """The gradient of D, and what `finish` puts together."""
+    D = problem.tensors["D"]
+    dD = None if D is None else problem.empty(problem.slots, problem.h, problem.p)
+    of_tokens = {
+        name: problem.empty(problem.blocks, problem.slots, problem.chunk)
+        for name in ("crossing", "within", "writes", "direct")
+        if problem.exact or name != "within"
+    }
+    found = {"within": None, **of_tokens, "passed": problem.empty(problem.blocks, problem.slots)}
+    if problem.slots:
+        sums[(problem.slots * problem.blocks,)](**chunks, **found, dD=dD, num_warps=_SUMS)
+    if dD is not None and D is not None:
+        dD = dD.sum((0, 2) if D.ndim == 1 else 0)
+    return dD, found
+
+
+def _finish(problem: Problem, decays: Decays, partial: Decays) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of dt, A and dt_bias."""
+    dt = problem.tensors["dt"]
+    assert dt is not None
+    ddt = problem.empty(*dt.shape, dtype=dt.dtype)
+    dA = problem.empty(problem.slots, problem.h)
+    dbias = None if problem.tensors["bias"] is None else torch.empty_like(dA)
+    if problem.slots:
+        finish[(problem.slots, triton.cdiv(problem.h, _HEADS))](
+            **_steps(problem),
+            **partial,
+            step=decays["step"],
+            ddt=ddt,
+            dA=dA,
+            dbias=dbias,
+            blocks=problem.blocks // problem.h,
+        )
+    return ddt, dA.sum(0), None if dbias is None else dbias.sum(0)
+
+
+def _advance(problem: Problem, y: Tensor, state: Tensor | None) -> None:
+    """One step of every row, in one launch."""
+    given = {name: problem.tensors[name] for name in ("x", "dt", "A", "B", "C", "D", "z", "bias", "initial")}
+    states = triton.next_power_of_2(problem.n)
+    block = max(min(_STEP_CELLS // states, triton.next_power_of_2(problem.p)), 1)
+    blocks = problem.h * triton.cdiv(problem.p, block)
+    strides: dict[str, int] = {}
+    for name, axes in {"x": "bh", "dt": "bh", "z": "bh", "B": "bg", "C": "bg"}.items():
+        t = given[name]
+        strides |= stride_arguments(name, None if t is None else t[:, 0], axes)
+    if problem.b:
+        advance[(blocks * problem.b,)](
+            **given,
+            **strides,
+            **skip_strides(given["D"]),
+            **problem.limits,
+            y=y,
+            final=state,
+            heads=problem.h,
+            per_group=problem.h // problem.g,
+            channels=problem.p,
+            state_size=problem.n,
+            P=block,
+            N=states,
+            num_warps=4,
+        )
