@@ -13,30 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import FalconMambaConfig
 
 from benchmarks.models import RESULTS
 from benchmarks.timing import provenance
 from mambalm.generation import Engine, Settings, read
 from mambalm.generation.reading import chosen_chunk_size
-from mambalm.models import FalconMambaForCausalLM
+from mambalm.models.shapes import random_model, shape
 
 CAP = 24 * 2**30
 SHORT = 8192
-
-
-def falcon() -> Any:
-    """The model, made in its dtype: float32 weights would not fit."""
-    config = FalconMambaConfig(
-        vocab_size=65024, hidden_size=4096, num_hidden_layers=64, intermediate_size=8192, torch_dtype=torch.bfloat16
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            return FalconMambaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
 
 
 def reading(model: Any, length: int) -> tuple[dict[str, Any], torch.Tensor, Any]:
@@ -66,7 +51,7 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="what was measured, where there is no git")
     options = parser.parse_args()
     torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(0).total_memory)
-    model = falcon()
+    model = random_model(shape("falcon-mamba-7b"), torch.bfloat16, "cuda")
     engine, rows = Engine(model), []
     for length in (SHORT, SHORT, SHORT, options.tokens):
         row, logits, state = reading(model, length)

@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import FalconMambaConfig, Mamba2Config, MambaConfig
 
 from benchmarks.timing import provenance
-from mambalm.models import FalconMambaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
+from mambalm.models.shapes import random_model, shape
 
 RESULTS = Path(__file__).parent / "results"
 PEAK_FLOPS = 989e12  # bfloat16, dense, of an H100 or H200 by its datasheet
 
-# Width and depth; those of Mamba-2 have heads of 64 channels and 128 states.
-SIZES = {"130m": (768, 24), "1.4b": (2048, 48), "2.8b": (2560, 64)}
-MAMBA2_SIZES = {"mamba2-130m": (768, 24), "mamba2-2.7b": (2560, 64)}
+# What the cases call the shapes of `mambalm.models.shapes`.
+NAMES = {"130m": "mamba-130m", "1.4b": "mamba-1.4b", "2.8b": "mamba-2.8b", "falcon-7b": "falcon-mamba-7b"}
 
 
 @dataclass(frozen=True)
@@ -66,17 +64,7 @@ PREFILL = (
 
 def model(name: str, dtype: torch.dtype) -> Any:
     """A model of this size, on the GPU."""
-    with torch.device("cuda"):
-        if name == "falcon-7b":
-            sizes = {"vocab_size": 65024, "hidden_size": 4096, "num_hidden_layers": 64, "intermediate_size": 8192}
-            return FalconMambaForCausalLM(FalconMambaConfig(**sizes)).to(dtype)
-        if name in MAMBA2_SIZES:
-            width, depth = MAMBA2_SIZES[name]
-            shape = {"num_heads": 2 * width // 64, "head_dim": 64, "n_groups": 1, "state_size": 128}
-            sizes = {"vocab_size": 50280, "hidden_size": width, "num_hidden_layers": depth}
-            return Mamba2ForCausalLM(Mamba2Config(**sizes, **shape)).to(dtype)
-        width, depth = SIZES[name]
-        return MambaForCausalLM(MambaConfig(vocab_size=50280, hidden_size=width, num_hidden_layers=depth)).to(dtype)
+    return random_model(shape(NAMES.get(name, name)), dtype, "cuda")
 
 
 def timed(function: Callable[[], object], repeats: int) -> tuple[float, float]:
