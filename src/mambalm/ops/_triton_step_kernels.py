@@ -364,6 +364,20 @@ def normalise(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _bring(weight, rows, valid, start, K: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Have the first AHEAD columns of rows of a matrix (r, K) on their way to the L2 cache."""
+    if OVERLAP and AHEAD > 0:
+        # 128 bytes are a line of the cache.
+        line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+        columns = start + tl.arange(0, AHEAD // line) * line
+        at = (weight + rows.to(tl.int64)[:, None] * K + columns[None, :]).to(tl.int64)
+        # Where nothing is to be fetched, the first line is, again.
+        at = tl.where(valid[:, None] & (columns < K)[None, :], at, weight.to(tl.int64))
+        fetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(fetch, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _products(  # type: ignore[no-untyped-def]
     weight, x, rows, valid, row, on, start, stop, K, BLOCK: tl.constexpr, TILE: tl.constexpr, BATCH: tl.constexpr
 ):
@@ -400,12 +414,14 @@ def enter(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     _begin(OVERLAP)
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     valid, on = rows < 2 * channels, row < batch
+    _bring(weight, rows, valid, 0, K, AHEAD, OVERLAP)
     _wait(OVERLAP)
     y = _products(weight, x, rows, valid, row, on, 0, K, K, BLOCK, TILE, BATCH)
     if bias is not None:
@@ -435,6 +451,7 @@ def split(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     _begin(OVERLAP)
@@ -442,6 +459,7 @@ def split(  # type: ignore[no-untyped-def]
     row = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     valid, on = rows < rows_total, row < batch
     start = tl.program_id(2) * SPAN
+    _bring(weight, rows, valid, start, K, AHEAD, OVERLAP)
     _wait(OVERLAP)
     y = _products(weight, x, rows, valid, row, on, start, min(start + SPAN, K), K, BLOCK, TILE, BATCH)
     at = (tl.program_id(2) * batch + row.to(tl.int64))[None, :] * rows_total + rows[:, None]

@@ -28,6 +28,7 @@ class Tiles:
         scan_channels, scan_warps: channels and warps of a program of the scan.
         tile, block, stages, batch_warps: rows of a weight, columns at once, depth and warps for several rows.
         split_tile, split_spans, leave_tile, leave_spans: rows and shares of the sum of x_proj, and of out_proj.
+        ahead: columns of a weight that a program for several rows has brought near before it needs them; 0: none.
         batch, batch_channels: rows of the batch in a program of the products, channels in one of the scan.
     """
 
@@ -49,6 +50,7 @@ class Tiles:
     leave_spans: int = 4
     batch: int = 64
     batch_channels: int = 64
+    ahead: int = 512
 
 
 @functools.cache
@@ -129,7 +131,7 @@ class Step:
             return
         tiles = self.tiles
         self._normalise(weights.norm, weights.eps)
-        sizes: dict[str, Any] = {"BATCH": self._tile_of_rows(), "BLOCK": tiles.block}
+        sizes: dict[str, Any] = {"BATCH": self._tile_of_rows(), "BLOCK": tiles.block, "AHEAD": tiles.ahead}
         options = {"num_warps": tiles.batch_warps, "num_stages": tiles.stages}
         self._launch(
             kernels.enter,
@@ -219,6 +221,7 @@ class Step:
             TILE=tile,
             BATCH=self._tile_of_rows(),
             BLOCK=tiles.block,
+            AHEAD=tiles.ahead,
             num_warps=tiles.batch_warps,
             num_stages=tiles.stages,
         )
