@@ -39,27 +39,19 @@ def steps_agree(
 TILES = triton_steps.Tiles
 # Small, so that there are several of each, with ragged ends.
 SMALL = {"enter_rows": 4, "leave_rows": 2, "split_rows": 4, "head_rows": 4, "columns": 16, "scan_channels": 16}
-SMALL_BATCH = {
-    "tile": 16,
-    "block": 16,
-    "leave_tile": 16,
-    "leave_spans": 2,
-    "split_spans": 3,
-    "batch": 16,
-    "batch_channels": 16,
-}
+SMALL |= {"batch_channels": 16, "conv_channels": 16}
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 17])
+@pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
 def test_a_fused_step_is_the_models(family: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps_agree(family, batch, monkeypatch, SMALL | SMALL_BATCH)
+    steps_agree(family, batch, monkeypatch, SMALL)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_odd_sizes_and_biases(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 18, "intermediate_size": 37, "state_size": 5, "time_step_rank": 3, "conv_kernel": 3}
-    steps_agree("mamba", batch, monkeypatch, SMALL | SMALL_BATCH, **sizes, use_bias=True, use_conv_bias=False)
+    steps_agree("mamba", batch, monkeypatch, SMALL, **sizes, use_bias=True, use_conv_bias=False)
 
 
 def test_as_it_is_cut_for_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,8 +114,5 @@ class FusedStep:
         layers: Any = self._state.layers
         for block, layer in zip(self._blocks, layers, strict=True):
             step.block(block, layer.conv, layer.ssm)
-        if len(tokens) == 1:
-            step.head(norm.weight, norm.eps, head.weight, head.bias, logits)
-        else:
-            logits.copy_(head(step.normed(norm.weight, norm.eps)))
+        step.head(norm.weight, norm.eps, head.weight, head.bias, logits)
         self._state.position.add_(1)

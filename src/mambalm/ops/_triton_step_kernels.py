@@ -182,7 +182,7 @@ def _summed(shares, columns, on, row, batch, width, SHARES: tl.constexpr, MOST: 
     """The sum of shares (SHARES, batch, width) at a row's columns, in their order within a tree."""
     share = tl.arange(0, MOST)
     at = shares + (share[:, None] * batch + row) * width + columns[None, :]
-    return tl.sum(tl.load(at, mask=(share < SHARES)[:, None] & on[None, :], other=0.0), 0)
+    return tl.sum(tl.load(at, mask=(share < SHARES)[:, None] & on[None, :], other=0.0).to(tl.float32), 0)
 
 
 @triton.jit
@@ -302,6 +302,7 @@ def scan(  # type: ignore[no-untyped-def]
     state,
     y,
     channels,
+    z_row,
     N: tl.constexpr,
     STATES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -320,9 +321,9 @@ def scan(  # type: ignore[no-untyped-def]
     h = tl.load(own, mask=both, other=0.0)
     _wait(OVERLAP)
     at = row.to(tl.int64) * channels + channel
-    step = shift + tl.load(steps + at, mask=inner, other=0.0)
+    step = shift + tl.load(steps + at, mask=inner, other=0.0).to(tl.float32)
     x = tl.load(u + at, mask=inner, other=0.0).to(tl.float32)
-    gate = tl.load(z + at, mask=inner, other=0.0).to(tl.float32)
+    gate = tl.load(z + row.to(tl.int64) * z_row + channel, mask=inner, other=0.0).to(tl.float32)
     B = tl.load(BC + row * 2 * N + n, mask=kept, other=0.0)
     C = tl.load(BC + row * 2 * N + N + n, mask=kept, other=0.0)
     h, result = _advanced(h, step, x, gate, B, C, rate, skip)
@@ -333,15 +334,13 @@ def scan(  # type: ignore[no-untyped-def]
 @triton.jit
 def normalise(  # type: ignore[no-untyped-def]
     x,
-    shares,
+    branch,
     bias,
     scale,
     y,
     eps,
-    batch,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
-    SHARES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     _begin(OVERLAP)
@@ -351,11 +350,10 @@ def normalise(  # type: ignore[no-untyped-def]
     _wait(OVERLAP)
     at = row.to(tl.int64) * K + column
     stream = tl.load(x + at, mask=on, other=0.0).to(tl.float32)
-    if SHARES > 0:
+    if branch is not None:
+        stream += tl.load(branch + at, mask=on, other=0.0).to(tl.float32)
         if bias is not None:
             stream += tl.load(bias + column, mask=on, other=0.0).to(tl.float32)
-        for share in tl.static_range(SHARES):
-            stream += tl.load(shares + share * batch * K + at, mask=on, other=0.0)
         rounded = stream.to(x.dtype.element_ty)
         tl.store(x + at, rounded, mask=on)
         stream = rounded.to(tl.float32)
@@ -364,103 +362,22 @@ def normalise(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _bring(weight, rows, valid, start, K: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Have the first AHEAD columns of rows of a matrix (r, K) on their way to the L2 cache."""
-    if OVERLAP and AHEAD > 0:
-        # 128 bytes are a line of the cache.
-        line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-        columns = start + tl.arange(0, AHEAD // line) * line
-        at = (weight + rows.to(tl.int64)[:, None] * K + columns[None, :]).to(tl.int64)
-        # Where nothing is to be fetched, the first line is, again.
-        at = tl.where(valid[:, None] & (columns < K)[None, :], at, weight.to(tl.int64))
-        fetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-        tl.inline_asm_elementwise(fetch, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _products(  # type: ignore[no-untyped-def]
-    weight, x, rows, valid, row, on, start, stop, K, BLOCK: tl.constexpr, TILE: tl.constexpr, BATCH: tl.constexpr
-):
-    """(TILE, BATCH): rows of a matrix (r, K) times rows of x (b, K), over the columns from start to stop."""
-    total = tl.zeros((TILE, BATCH), tl.float32)
-    for at in range(start, stop, BLOCK):
-        columns = at + tl.arange(0, BLOCK)
-        inside = columns < stop
-        w = tl.load(
-            weight + rows.to(tl.int64)[:, None] * K + columns[None, :],
-            mask=valid[:, None] & inside[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        v = tl.load(x + row[None, :] * K + columns[:, None], mask=on[None, :] & inside[:, None], other=0.0)
-        total = tl.dot(w, v, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def enter(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    bias,
+def convolve(  # type: ignore[no-untyped-def]
+    inner,
     conv_weight,
     conv_bias,
     conv_state,
     u,
-    z,
-    batch,
     channels,
-    K: tl.constexpr,
     TAPS: tl.constexpr,
-    TILE: tl.constexpr,
-    BATCH: tl.constexpr,
     BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     _begin(OVERLAP)
-    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    row = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    valid, on = rows < 2 * channels, row < batch
-    _bring(weight, rows, valid, 0, K, AHEAD, OVERLAP)
+    channel, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    on = channel < channels
+    older, taps, shift = _fetch_taps(channel, on, on, row, conv_state, conv_weight, conv_bias, channels, TAPS)
     _wait(OVERLAP)
-    y = _products(weight, x, rows, valid, row, on, 0, K, K, BLOCK, TILE, BATCH)
-    if bias is not None:
-        y += tl.load(bias + rows, mask=valid, other=0.0).to(tl.float32)[:, None]
-    both = valid[:, None] & on[None, :]
-    inner = both & (rows < channels)[:, None]
-    at = row.to(tl.int64)[None, :] * channels + rows[:, None]
-    if tl.program_id(0) * TILE < channels:
-        channel, line, inside = rows[:, None], row[None, :], (rows < channels)[:, None]
-        older, taps, shift = _fetch_taps(
-            channel, inside, inner, line, conv_state, conv_weight, conv_bias, channels, TAPS
-        )
-        gated = _convolved(y, older, taps, shift, channel, inner, line, conv_state, channels, TAPS)
-        tl.store(u + at, gated.to(u.dtype.element_ty), mask=inner)
-    tl.store(z + at - channels, y.to(z.dtype.element_ty), mask=both & (rows >= channels)[:, None])
-
-
-@triton.jit
-def split(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    shares,
-    batch,
-    rows_total,
-    K: tl.constexpr,
-    SPAN: tl.constexpr,
-    TILE: tl.constexpr,
-    BATCH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    _begin(OVERLAP)
-    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    row = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    valid, on = rows < rows_total, row < batch
-    start = tl.program_id(2) * SPAN
-    _bring(weight, rows, valid, start, K, AHEAD, OVERLAP)
-    _wait(OVERLAP)
-    y = _products(weight, x, rows, valid, row, on, start, min(start + SPAN, K), K, BLOCK, TILE, BATCH)
-    at = (tl.program_id(2) * batch + row.to(tl.int64))[None, :] * rows_total + rows[:, None]
-    tl.store(shares + at, y, mask=valid[:, None] & on[None, :])
+    x = tl.load(inner + row.to(tl.int64) * 2 * channels + channel, mask=on, other=0.0).to(tl.float32)
+    gated = _convolved(x, older, taps, shift, channel, on, row, conv_state, channels, TAPS)
+    tl.store(u + row.to(tl.int64) * channels + channel, gated.to(u.dtype.element_ty), mask=on)
