@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(data: Path, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr("mambalm.training.checkpoint.flush", full)
         made.save()
-        with pytest.raises(OSError, match=r"No space left on device; the last one is intact"):
+        with pytest.raises(OSError, match=r"No space left on device; those of steps \[2\] are intact"):
             made.checkpoints.wait()
     assert made.checkpoints.steps() == [2]
     assert trainer(recipe(data), tmp_path).position.step == 2
@@ -179,7 +179,7 @@ def test_an_unreadable_shard_is_named(data: Path, tmp_path: Path) -> None:
     made.checkpoints.wait()
     shard = next((tmp_path / "checkpoints" / "step-2").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"step-2 is damaged or of another model"):
+    with pytest.raises(ValueError, match=r"step-2 is damaged"):
         trainer(recipe(data), tmp_path)
 
 

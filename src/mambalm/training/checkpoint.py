@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from mambalm.models.formats.io import flush
 
@@ -32,6 +36,16 @@ class Checkpoints:
         """Keep the latest ``keep_last``, and besides every one whose step ``keep_every`` (0: nothing) divides."""
         self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
         self._writing: Future[None] | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._stager: DefaultStager | None = None
+        # A single process is meant, also in DCP's thread.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        # Killed between moving an old checkpoint aside and its successor into the place: the old one is the last.
+        for aside in folder.glob(".step-*.replaced"):
+            place = folder / aside.name.removeprefix(".").removesuffix(".replaced")
+            with contextlib.suppress(OSError):  # another rank was faster
+                if not place.exists():
+                    aside.rename(place)
 
     def steps(self) -> list[int]:
         """The steps of those that are there."""
@@ -39,32 +53,46 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def latest(self) -> int | None:
-        """The last step of which there is one."""
-        return max(self.steps(), default=None)
+        """The last step of which there is one, the same on every rank: to be asked by all of them."""
+        return _agreed(max(self.steps(), default=None))
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is on its way to the disk."""
+        return self._writing is not None and not self._writing.done()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Begin to write the model, optimizer and progress of ``state``, as they are now.
 
         Raises:
-            OSError: the one before could not be written.
+            OSError: the one before could not be written, or this one not begun.
         """
         self.wait()
-        main = not dist.is_initialized() or dist.get_rank() == 0
         incomplete = self._folder / f".step-{step}.incomplete"
-        if main:
-            shutil.rmtree(incomplete, ignore_errors=True)
-            incomplete.mkdir(parents=True)
-            torch.save(state["progress"], incomplete / _PROGRESS)
-        if dist.is_initialized():
-            dist.barrier()
+        problem = None
+        if _is_main():
+            try:
+                self._begin(incomplete, state["progress"])
+            except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+                problem = str(error)
+        if problem := _agreed(problem):
+            raise OSError(self._failure(problem))
         model, optimizer = get_state_dict(state["model"], state["optimizer"])
-        with _quiet():
-            written: Any = dcp.async_save({"model": model, "optimizer": optimizer}, checkpoint_id=incomplete)
+        if dist.is_initialized() and self._group is None:
+            # Of its own: its messages must not meet those of the steps that go on meanwhile.
+            self._group = dist.new_group(backend="gloo")
+        written = dcp.async_save(
+            {"model": model, "optimizer": optimizer},
+            checkpoint_id=incomplete,
+            process_group=self._group,
+            async_stager=self._staging(),
+        )
+        assert not isinstance(written, AsyncSaveResponse)
         writing = self._writing = Future()
-        written.add_done_callback(lambda done: self._finish(writing, done, step, incomplete, main))
+        written.add_done_callback(lambda done: self._finish(writing, done, step, incomplete))
 
     def wait(self) -> None:
-        """Until what is being written is in its place.
+        """Until what is being written is in its place; to be called by all ranks.
 
         Raises:
             OSError: it could not be written; the one before it is intact.
@@ -72,18 +100,16 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         if writing is None:
             return
-        try:
-            writing.result()
-        # What DCP raises depends on which rank and file failed.
-        except (Exception, CheckpointException) as error:
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            raise OSError(f"cannot write a checkpoint into {self._folder}: {reason}; the last one is intact") from error
+        error = writing.exception()
+        # The main rank moves it into its place, and what fails there fails for all.
+        if problem := _agreed(None if error is None else _reason(error)) or (error and _reason(error)):
+            raise OSError(self._failure(str(problem))) from error
 
     def load(self, state: dict[str, Any], step: int | None = None) -> None:
         """Read a checkpoint, by default the latest, into the model and the optimizer, and its progress into ``state``.
 
         Raises:
-            ValueError: there is none, or it is damaged or of another model.
+            ValueError: there is none, or it is damaged or of another model; parameters may have changed by then.
         """
         step = self.latest() if step is None else step
         path = self._folder / f"step-{step}"
@@ -92,16 +118,16 @@ class Checkpoints:
         model, optimizer = get_state_dict(state["model"], state["optimizer"])
         kept: dict[str, Any] = {"model": model, "optimizer": optimizer}
         try:
-            with _quiet():
-                dcp.load(kept, checkpoint_id=path)
-            progress = torch.load(path / _PROGRESS, map_location="cpu", weights_only=True)
+            sizes = _sizes(path)
         # What is raised depends on which part of it is damaged.
         except (Exception, CheckpointException) as error:
-            others = [other for other in self.steps() if other != step]
-            raise ValueError(
-                f"the checkpoint {path} is damaged or of another model: remove it to go on from another "
-                f"({others or 'none'})"
-            ) from error
+            raise ValueError(self._damage(path, error)) from error
+        _require_same(path, sizes, model)
+        try:
+            dcp.load(kept, checkpoint_id=path)
+            progress = torch.load(path / _PROGRESS, map_location="cpu", weights_only=True)
+        except (Exception, CheckpointException) as error:
+            raise ValueError(self._damage(path, error)) from error
         set_state_dict(
             state["model"],
             state["optimizer"],
@@ -110,11 +136,33 @@ class Checkpoints:
         )
         state["progress"] = progress
 
-    def _finish(self, writing: Future[None], done: Any, step: int, incomplete: Path, main: bool) -> None:
+    def _staging(self) -> DefaultStager:
+        """What copies to the host: on a GPU into pinned memory that is kept, since getting it takes longer."""
+        if self._stager is None:
+            fast = torch.accelerator.is_available()
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=fast,
+                    use_shared_memory=False,
+                    use_async_staging=False,
+                    use_non_blocking_copy=fast,
+                )
+            )
+        return self._stager
+
+    def _begin(self, incomplete: Path, progress: Any) -> None:
+        """Clear away what killed runs left, and make the new one's folder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for left in self._folder.glob(".step-*"):
+            shutil.rmtree(left)
+        incomplete.mkdir()
+        torch.save(progress, incomplete / _PROGRESS)
+
+    def _finish(self, writing: Future[None], done: Future[Any], step: int, incomplete: Path) -> None:
         """In the writing thread: put the checkpoint into its place, and remove those that need not be kept."""
         try:
             done.result()
-            if main:
+            if _is_main():
                 self._place(step, incomplete)
         except BaseException as error:
             shutil.rmtree(incomplete, ignore_errors=True)
@@ -126,20 +174,64 @@ class Checkpoints:
         for file in incomplete.iterdir():
             flush(file)
         place = self._folder / f"step-{step}"
-        # After a return to an earlier checkpoint its step may come again.
-        shutil.rmtree(place, ignore_errors=True)
-        os.rename(incomplete, place)
+        if place.exists():  # after a return to an earlier checkpoint its step may come again
+            place.rename(self._folder / f".step-{step}.replaced")
+        incomplete.rename(place)
         flush(self._folder)
         for old in self.steps()[: -self._keep_last]:
             if not self._keep_every or old % self._keep_every:
-                shutil.rmtree(self._folder / f"step-{old}")
+                # Renamed first: a checkpoint of which a part is removed must not look like one.
+                os.replace(self._folder / f"step-{old}", self._folder / f".step-{old}.removed")
+        for left in [*self._folder.glob(".step-*.removed"), *self._folder.glob(".step-*.replaced")]:
+            shutil.rmtree(left)
+
+    def _failure(self, reason: str) -> str:
+        kept = f"those of steps {self.steps()} are intact" if self.steps() else "none was written before"
+        return f"cannot write a checkpoint into {self._folder}: {reason}; {kept}"
+
+    def _damage(self, path: Path, error: BaseException) -> str:
+        others = [f"step-{step}" for step in self.steps() if path.name != f"step-{step}"]
+        return (
+            f"the checkpoint {path} is damaged ({_reason(error)}): remove it to go on from "
+            f"{others[-1] if others else 'the beginning'}"
+        )
 
 
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Without DCP's warning that a single process saves alone, which is meant."""
-    import warnings
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")
-        yield
+
+def _agreed(value: Any) -> Any:
+    """The main rank's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error: DCP puts a trace of every rank in front of it."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _sizes(path: Path) -> dict[str, torch.Size]:
+    """The sizes of the model's tensors in a checkpoint, by name."""
+    found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    model = {name.removeprefix("model."): entry for name, entry in found.items() if name.startswith("model.")}
+    return {name: entry.size for name, entry in model.items() if hasattr(entry, "size")}
+
+
+def _require_same(path: Path, found: Mapping[str, torch.Size], model: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another model before anything is read, and say what differs."""
+    here = {name: value.shape for name, value in model.items()}
+    if missing := sorted(here.keys() ^ found.keys()):
+        raise ValueError(f"the checkpoint {path} is of another model: only one of them has {', '.join(missing[:3])}")
+    for name, shape in here.items():
+        if found[name] != shape:
+            kind = "vocabulary" if "embeddings" in name or "lm_head" in name else "model"
+            raise ValueError(
+                f"the checkpoint {path} is of another {kind}: {name} is {tuple(found[name])} there and {tuple(shape)} "
+                "here. Use the recipe and tokenizer that it was made with, or another folder"
+            )

@@ -63,7 +63,6 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
         device = torch.device("cuda", dist.get_node_local_rank())
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    # Not after an error: the other ranks are no longer at the same place, and waiting for them would hide it.
+    dist.destroy_process_group()

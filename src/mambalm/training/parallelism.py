@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mambalm.layers import Mamba
+from mambalm.layers import Block, Mamba
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.training.distributed import Ranks
 from mambalm.training.precision import Policy
@@ -18,8 +22,18 @@ from mambalm.training.precision import Policy
 if TYPE_CHECKING:
     from mambalm.training.recipe import ParallelSection
 
-# The matrices worth a gathering of their own in half precision; what else a mixer has stays float32.
-_LARGE = ("in_proj", "out_proj")
+# The matrices of a block, which are nearly all of its numbers: gathered in the dtype of the products. What else it has
+# stays float32, A_log, D and the bias of Δ above all.
+_LARGE = ("in_proj", "out_proj", "fc1", "fc2")
+# What "selective" keeps in blocks whose mixer has no recomputation of its own: what costs more than passes over memory.
+_COSTLY = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product",
+    "mambalm::ssd",
+    "mambalm::selective_scan",
+)
 
 
 def parallelise(network: MambalmForCausalLM, section: ParallelSection, precision: Policy, ranks: Ranks) -> nn.Module:
@@ -37,22 +51,46 @@ def parallelise(network: MambalmForCausalLM, section: ParallelSection, precision
     moved.to(ranks.device)
     _recompute(network, section.checkpointing)
     if section.compile:
-        for block in network.backbone.layers:
+        blocks: Any = network.backbone.layers
+        for block in blocks:
             block.compile()
     if section.mode == "ddp":
         spread = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         if precision.reduce_dtype == torch.float16:
-            spread.register_comm_hook(None, fp16_compress_hook)
+            on_gpu = ranks.device.type == "cuda"
+            spread.register_comm_hook(None, fp16_compress_hook if on_gpu else lambda _, bucket: _mean_in_half(bucket))
         return spread
     return network if section.mode == "single" else _shard(network, _mesh(section, ranks), precision)
+
+
+def _mean_in_half(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """torch's fp16_compress_hook without its callback, which Gloo's threads never let go of: the process stays."""
+    half = (bucket.buffer() / dist.get_world_size()).half()
+    dist.all_reduce(half)
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer().copy_(half))
+    return done
 
 
 def _recompute(network: MambalmForCausalLM, checkpointing: str) -> None:
     if checkpointing == "full":
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in network.modules():
-        if isinstance(module, Mamba):
-            module.recompute = checkpointing == "selective"
+    blocks: Any = network.backbone.layers
+    for block in blocks:
+        if isinstance(block.mixer, Mamba):
+            block.mixer.recompute = checkpointing == "selective"
+        elif checkpointing == "selective":
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=_keep_costly)
+
+
+def _keep_costly() -> Any:
+    return create_selective_checkpoint_contexts(_decide)
+
+
+def _decide(context: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    kept = str(getattr(operator, "name", lambda: "")()).startswith(_COSTLY)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _mesh(section: ParallelSection, ranks: Ranks) -> DeviceMesh:
@@ -70,10 +108,16 @@ def _shard(network: MambalmForCausalLM, mesh: DeviceMesh, precision: Policy) -> 
     """FSDP2: per block one group of large projections in the dtype of the products, and one float32 group."""
     full = MixedPrecisionPolicy(reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False)
     half = MixedPrecisionPolicy(param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype)
-    for block in network.backbone.layers:
-        mixer: Any = block.mixer
-        for name in _LARGE:
-            fully_shard(getattr(mixer, name), mesh=mesh, mp_policy=half)
+    blocks: Any = network.backbone.layers
+    for block in blocks:
+        fully_shard(list(_large(block)), mesh=mesh, mp_policy=half)
         fully_shard(block, mesh=mesh, mp_policy=full)
     fully_shard(network, mesh=mesh, mp_policy=full)
     return network
+
+
+def _large(block: Block) -> Iterator[nn.Module]:
+    for inner in (block.mixer, block.mlp):
+        for name, module in [] if inner is None else inner.named_children():
+            if name in _LARGE:
+                yield module

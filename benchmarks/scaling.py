@@ -1,0 +1,149 @@
+"""Training over several GPUs: `torchrun --nproc-per-node N -m benchmarks.scaling [--checkpoints] [--output FILE]`.
+
+Every rank reads batch x length tokens a step, whatever their number: tokens per second and GPU should not fall. With
+--checkpoints also what asynchronous checkpoints cost: a minute's steps with one against as many without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MambaConfig
+
+from mambalm.models import MambaForCausalLM
+from mambalm.training.checkpoint import Checkpoints
+from mambalm.training.distributed import Ranks, ranks
+from mambalm.training.optimizer import adamw
+from mambalm.training.parallelism import parallelise
+from mambalm.training.precision import policy
+from mambalm.training.recipe import ParallelSection
+from mambalm.training.step import Stepper
+
+SIZES = {"tiny": (64, 2), "130m": (768, 24), "1.4b": (2048, 48)}
+VOCABULARY = 50280
+
+
+def prepare(options: argparse.Namespace, taking_part: Ranks) -> tuple[Any, Stepper, Callable[[], None]]:
+    """The model, what trains it, and one step."""
+    device, precision = taking_part.device, policy("bf16", taking_part.device)
+    width, depth = SIZES[options.model]
+    with torch.device(device):
+        config = MambaConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=depth, residual_in_fp32=True)
+        network = MambaForCausalLM(config).train()
+    mode = options.mode if taking_part.world > 1 else "single"
+    section = ParallelSection(mode=mode, checkpointing=options.checkpointing)
+    model = parallelise(network, section, precision, taking_part)
+    stepper = Stepper(adamw(model), 1.0, precision.autocast)
+    generator = torch.Generator(device).manual_seed(taking_part.rank)
+    ids = torch.randint(VOCABULARY, (options.batch, options.length), device=device, generator=generator)
+
+    def step() -> None:
+        stepper.gradients([lambda: model(ids, labels=ids, use_cache=False, skip_logits=True).loss])
+        stepper.apply(1e-5)
+
+    return model, stepper, step
+
+
+def seconds_of(step: Callable[[], None], taking_part: Ranks, repeats: int) -> list[float]:
+    """The wall time of some steps in a row, each until the device is done."""
+    times = []
+    taking_part.barrier()
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        step()
+        if taking_part.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def checkpoint_cost(
+    model: Any, stepper: Stepper, step: Callable[[], None], taking_part: Ranks, folder: Path, median: float
+) -> list[dict[str, float]]:
+    """Seconds that checkpoints add to the steps around them, the first of which also makes the buffers.
+
+    ``median`` is a step's time without one. Steps run until the checkpoint is in its place.
+    """
+    kept = Checkpoints(folder / "checkpoints", keep_last=1)
+    costs = []
+    for number in (1, 2):
+        taking_part.barrier()
+        begin = time.perf_counter()
+        kept.save(number, {"model": model, "optimizer": stepper.optimizer, "progress": {}})
+        returned, steps = time.perf_counter() - begin, 0
+        while not _all_written(kept, taking_part):
+            seconds_of(step, taking_part, 1)
+            steps += 1
+        seconds = time.perf_counter() - begin
+        kept.wait()
+        lost = seconds - steps * median
+        costs.append(
+            {
+                "save_returns_after_seconds": returned,
+                "written_after_seconds": seconds,
+                "steps_meanwhile": steps,
+                "overhead_seconds": lost,
+                "overhead_of_a_minute": lost / 60,
+            }
+        )
+        if taking_part.is_main:
+            print(json.dumps(costs[-1]), flush=True)
+    return costs
+
+
+def _all_written(kept: Checkpoints, taking_part: Ranks) -> bool:
+    waiting = torch.tensor(int(kept.is_writing), device=taking_part.device)
+    return int(taking_part.sum(waiting)) == 0
+
+
+def main() -> None:
+    """Measure, and print and write a JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--model", choices=SIZES, default="1.4b")
+    parser.add_argument("--mode", choices=["ddp", "fsdp", "hsdp"], default="fsdp")
+    parser.add_argument("--checkpointing", choices=["none", "selective", "full"], default="selective")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a rank")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--checkpoints", action="store_true", help="measure those too")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "scaling", help="for checkpoints")
+    parser.add_argument("--output", type=Path, help="a JSON file that gets a line")
+    options = parser.parse_args()
+    with ranks(torch.device(options.device)) as taking_part:
+        model, stepper, step = prepare(options, taking_part)
+        first = seconds_of(step, taking_part, 4)
+        median = statistics.median(seconds_of(step, taking_part, options.repeats))
+        tokens = options.batch * options.length
+        row: dict[str, Any] = {
+            **{name: getattr(options, name) for name in ("model", "mode", "checkpointing", "batch", "length")},
+            "ranks": taking_part.world,
+            "step_ms": round(1e3 * median, 2),
+            "tokens_per_second_per_rank": round(tokens / median),
+            "first_step_seconds": round(first[0], 2),
+        }
+        if taking_part.device.type == "cuda":
+            row["device"], row["torch"] = torch.cuda.get_device_name(), torch.__version__
+            row["peak_GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+        if taking_part.is_main:
+            print(json.dumps(row), flush=True)
+        if options.checkpoints:
+            cost = checkpoint_cost(model, stepper, step, taking_part, options.folder, median)
+            row["checkpoints"] = [{name: round(value, 4) for name, value in each.items()} for each in cost]
+        if taking_part.is_main:
+            print(json.dumps(row), flush=True)
+            if options.output:
+                with options.output.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

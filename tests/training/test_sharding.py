@@ -1,0 +1,129 @@
+"""A model under FSDP2 on one rank: the dtypes that reach the ops, initial values, what is computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mambalm.layers import mamba, mamba2
+from mambalm.training.distributed import Ranks
+from mambalm.training.parallelism import _shard, parallelise
+from mambalm.training.precision import policy
+from mambalm.training.recipe import ParallelSection
+from tests.training.spread import VOCABULARY, network
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+    dist.destroy_process_group()
+
+
+def loss_of(model: Any, precision: str) -> torch.Tensor:
+    ids = torch.arange(34).reshape(2, 17) % VOCABULARY
+    with policy(precision, CPU).autocast():
+        return model(ids, labels=ids, use_cache=False, skip_logits=True).loss
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "v100", "fp32"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["autocast", "FSDP2"])
+def test_dtypes_inside_the_forward(
+    sharded: bool, precision: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A, D and the bias of Δ in float32, and the masters of all; activations and large matrices in that of products."""
+    compute = policy(precision, CPU).compute_dtype
+    model = network()
+    seen: list[dict[str, torch.dtype]] = []
+    scan = mamba.selective_scan
+
+    def watched(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, bias: Any, **options: Any) -> Any:
+        seen.append({"u": u.dtype, "A": A.dtype, "D": D.dtype, "bias": bias.dtype})
+        return scan(u, delta, A, B, C, D, z, bias, **options)
+
+    monkeypatch.setattr(mamba, "selective_scan", watched)
+    if sharded:
+        _shard(model, mesh, policy(precision, CPU))
+    held: dict[str, torch.dtype] = {}
+    mixer = model.backbone.layers[1].mixer
+    mixer.in_proj.register_forward_pre_hook(lambda module, _: held.update(in_proj=module.weight.dtype))
+    mixer.register_forward_pre_hook(lambda module, _: held.update(A_log=module.A_log.dtype, D=module.D.dtype))
+    mixer.dt_proj.register_forward_pre_hook(lambda module, _: held.update(bias=module.bias.dtype))
+    loss_of(model, precision).backward()
+    full = torch.float32
+    assert seen == [{"u": compute, "A": full, "D": full, "bias": full}] * 2
+    assert held == {"in_proj": compute if sharded else full, "A_log": full, "D": full, "bias": full}
+    assert all(parameter.dtype == full for parameter in model.parameters())
+    assert all(parameter.grad.dtype == full for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["mamba2", "transformer"])
+def test_the_large_matrices_of_every_family(family: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(family)
+    seen: list[torch.dtype] = []
+    ssd = mamba2.ssd
+    monkeypatch.setattr(mamba2, "ssd", lambda *a, **named: (seen.extend((a[2].dtype, a[5].dtype)), ssd(*a, **named))[1])
+    _shard(model, mesh, policy("bf16", CPU))
+    held: list[torch.dtype] = []
+    for name, module in model.named_modules():
+        if name.endswith(("in_proj", "out_proj", "fc1", "fc2")):
+            module.register_forward_pre_hook(lambda module, _: held.append(module.weight.dtype))
+    loss_of(model, "bf16").backward()
+    assert set(held) == {torch.bfloat16}
+    assert len(held) == (4 if family == "mamba2" else 8)
+    assert set(seen) <= {torch.float32}
+
+
+def test_initial_values_on_meta_and_sharded(mesh: DeviceMesh) -> None:
+    """Sharded on the meta device and drawn there after: what a whole model draws."""
+    expected = network().state_dict()
+    with torch.device("meta"):
+        model = network()
+    _shard(model, mesh, policy("fp32", CPU))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    torch.manual_seed(0)
+    for layer in model.backbone.layers:
+        layer.mixer.reset_parameters()
+    found = {name: value.full_tensor() for name, value in model.state_dict().items() if ".mixer." in name}
+    torch.manual_seed(0)
+    whole = network()
+    torch.manual_seed(0)
+    for layer in whole.backbone.layers:
+        layer.mixer.reset_parameters()
+    for name, value in found.items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+        assert value.shape == expected[name].shape
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "transformer"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_what_is_computed_again_changes_no_gradient(family: str, checkpointing: str) -> None:
+    gradients = []
+    for name in ("none", checkpointing):
+        model = network(family)
+        parallelise(model, ParallelSection(checkpointing=name), policy("fp32", CPU), Ranks())
+        loss_of(model, "fp32").backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    # Blocks that are computed again add to the residual stream before they return.
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_what_is_computed_again_is_not_kept(checkpointing: str) -> None:
+    sizes = []
+    for name in ("none", checkpointing):
+        model = network("mamba2")
+        parallelise(model, ParallelSection(checkpointing=name), policy("fp32", CPU), Ranks())
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.nbytes), t)[1], lambda t: t):
+            loss_of(model, "fp32")
+        sizes.append(sum(kept))
+    assert sizes[1] < sizes[0]

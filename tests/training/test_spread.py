@@ -1,0 +1,92 @@
+"""A run spread over ranks learns what a run on one does: copies, shards, resumed on another number of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mambalm.training.checkpoint import Checkpoints
+from mambalm.training.distributed import Ranks
+from tests.training.spread import SmallRun
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(folder: Path, job: dict[str, Any], world: int = 1) -> subprocess.CompletedProcess[str]:
+    """Do a job of `tests.training.spread` on so many ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    arguments = ["-m", "tests.training.spread", str(folder), json.dumps(job)]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+
+def found(folder: Path, job: dict[str, Any], world: int = 1) -> dict[str, Any]:
+    """What the main rank saw."""
+    process = launch(folder, job, world)
+    lines = [line for line in process.stdout.splitlines() if line.startswith("FOUND ")]
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("FOUND "))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the run on one rank, which saves after two steps."""
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    return found(folder, {"steps": 6, "save_at": 2})
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Up to the order of sums."""
+    for name in ("losses", "norms"):
+        assert one[name] == pytest.approx(other[name][one["first"] :][: len(one[name])], rel=2e-5)
+
+
+def test_copies_learn_what_one_does(alone: dict[str, Any], tmp_path: Path) -> None:
+    spread = found(tmp_path, {"mode": "ddp", "steps": 4}, 2)
+    assert len(spread["losses"]) == 4
+    same(spread, alone)
+
+
+def test_a_run_goes_on_sharded_over_more_and_more_ranks(alone: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "step-2", tmp_path / "step-2")
+    two = found(tmp_path, {"steps": 4, "mode": "fsdp", "checkpointing": "full"}, 2)
+    four = found(tmp_path, {"steps": 6, "mode": "hsdp", "shard_size": 2, "checkpointing": "selective"}, 4)
+    for part, first in ((two, 2), (four, 4)):
+        assert (part["first"], len(part["losses"])) == (first, 2)
+        same(part, alone)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_gradients_are_summed_in_half_precision_by_the_v100_policy(
+    mode: str, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    """Near the float32 run, but not as near as another order of summation is."""
+    norms = found(tmp_path, {"steps": 1, "mode": mode, "precision": "v100"}, 2)["norms"]
+    assert norms == pytest.approx(alone["norms"][:1], rel=2e-3)
+    assert norms != pytest.approx(alone["norms"][:1], rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [({}, "rank 1 fails as the test asks"), ({"kill": True}, "Signal 9")],
+    ids=["an error", "kill -9"],
+)
+def test_a_rank_that_dies_ends_the_run_and_leaves_its_checkpoints(
+    job: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    process = launch(tmp_path, job | {"steps": 9, "mode": "fsdp", "save_always": True, "die": 2}, 2)
+    assert process.returncode != 0
+    assert message in process.stderr
+    run = SmallRun({}, Ranks())
+    state = run.state()
+    Checkpoints(tmp_path).load(state)
+    assert state["progress"] == {"step": 2}
