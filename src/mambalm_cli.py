@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "Talk with a model; conversations can be undone, saved and loaded.",
     "convert": "Rewrite a checkpoint in another format, without loss.",
     "doctor": "Print versions, devices and which backend each op would run on.",
+    "export": "Write a training run's checkpoint as a model in transformers' format.",
     "generate": "Continue a prompt.",
     "quickstart": "Train a small Mamba on this Python's standard library, then let it write.",
     "read": "Read a text of any length, and keep the state.",

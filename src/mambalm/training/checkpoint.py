@@ -15,9 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from mambalm.models.formats.io import flush
@@ -112,22 +118,9 @@ class Checkpoints:
             ValueError: there is none, or it is damaged or of another model; parameters may have changed by then.
         """
         step = self.latest() if step is None else step
-        path = self._folder / f"step-{step}"
-        if not path.is_dir():
-            raise ValueError(f"there is no checkpoint {path}; those there are of steps {self.steps() or 'none'}")
         model, optimizer = get_state_dict(state["model"], state["optimizer"])
         kept: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        try:
-            sizes = _sizes(path)
-        # What is raised depends on which part of it is damaged.
-        except (Exception, CheckpointException) as error:
-            raise ValueError(self._damage(path, error)) from error
-        _require_same(path, sizes, model)
-        try:
-            dcp.load(kept, checkpoint_id=path)
-            progress = torch.load(path / _PROGRESS, map_location="cpu", weights_only=True)
-        except (Exception, CheckpointException) as error:
-            raise ValueError(self._damage(path, error)) from error
+        progress = self._read(kept, step)
         set_state_dict(
             state["model"],
             state["optimizer"],
@@ -135,6 +128,33 @@ class Checkpoints:
             optim_state_dict=kept["optimizer"],
         )
         state["progress"] = progress
+
+    def load_model(self, model: nn.Module, step: int | None = None) -> None:
+        """Read the model alone from a checkpoint, by default the latest.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        kept = {"model": get_model_state_dict(model)}
+        self._read(kept, self.latest() if step is None else step)
+        set_model_state_dict(model, kept["model"])
+
+    def _read(self, kept: dict[str, Any], step: int | None) -> Any:
+        """Read what ``kept`` names from the checkpoint of a step into its tensors; returns the progress."""
+        path = self._folder / f"step-{step}"
+        if not path.is_dir():
+            raise ValueError(f"there is no checkpoint {path}; those there are of steps {self.steps() or 'none'}")
+        try:
+            sizes = _sizes(path)
+        # What is raised depends on which part of it is damaged.
+        except (Exception, CheckpointException) as error:
+            raise ValueError(self._damage(path, error)) from error
+        _require_same(path, sizes, kept["model"])
+        try:
+            dcp.load(kept, checkpoint_id=path)
+            return torch.load(path / _PROGRESS, map_location="cpu", weights_only=True)
+        except (Exception, CheckpointException) as error:
+            raise ValueError(self._damage(path, error)) from error
 
     def _staging(self) -> DefaultStager:
         """What copies to the host: on a GPU into pinned memory that is kept, since getting it takes longer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,8 @@ def _mesh(section: ParallelSection, ranks: Ranks) -> DeviceMesh:
 def _shard(network: MambalmForCausalLM, mesh: DeviceMesh, precision: Policy) -> nn.Module:
     """FSDP2: per block one group of large projections in the dtype of the products, and one float32 group."""
     full = MixedPrecisionPolicy(reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False)
+    # A block may return views, of which nothing is changed in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     half = MixedPrecisionPolicy(param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype)
     blocks: Any = network.backbone.layers
     for block in blocks:
