@@ -76,40 +76,68 @@ class SmallRun:
         self.step += 1
         return self.ranks.sum(loss.float()).item() / self.ranks.world, norm.item()
 
+    def overflow(self) -> dict[str, Any]:
+        """What a scaled step does in which a gradient of the last rank's shard is infinite."""
+        scaler = self.stepper.scaler
+        assert scaler is not None
+        before = [parameter.to_local().clone() for parameter in self.model.parameters()]
+        self.stepper.optimizer.zero_grad()
+        with self.policy.autocast():
+            loss = self.loss()
+        scaler.scale(loss).backward()
+        mine = next(parameter for parameter in self.model.parameters() if parameter.to_local().numel())
+        if self.ranks.rank == self.ranks.world - 1:
+            mine.grad.to_local().view(-1)[0] = float("inf")
+        scaler.unscale_(self.stepper.optimizer)
+        scale = scaler.get_scale()
+        self.stepper.apply(1.0)
+        now = [parameter.to_local() for parameter in self.model.parameters()]
+        changed = sum(not torch.equal(one, other) for one, other in zip(before, now, strict=True))
+        return {"changed": int(self.ranks.sum(torch.tensor(changed))), "scale": scaler.get_scale() / scale}
+
     def state(self) -> dict[str, Any]:
         """What is saved."""
         return {"model": self.model, "optimizer": self.stepper.optimizer, "progress": {"step": self.step}}
 
 
-def main() -> None:
+def work(folder: Path, job: dict[str, Any], taking_part: Ranks) -> dict[str, Any]:
     """Do the job: resume from ``folder``, advance until ``steps``, save; with ``die`` one rank fails on the way.
 
     With ``save_always`` it saves after every step, with ``save_at`` after that one too.
     """
+    run = SmallRun(job, taking_part)
+    kept = Checkpoints(folder, keep_last=3)
+    if kept.latest() is not None:
+        state = run.state()
+        kept.load(state)
+        run.step = state["progress"]["step"]
+    found: dict[str, Any] = {"first": run.step, "losses": [], "norms": []}
+    while run.step < job["steps"]:
+        loss, norm = run.advance()
+        found["losses"].append(loss)
+        found["norms"].append(norm)
+        if job.get("save_always") or run.step == job.get("save_at"):
+            kept.save(run.step, run.state())
+        if run.step == job.get("die"):
+            kept.wait()
+            if taking_part.rank == taking_part.world - 1:
+                if job.get("kill"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise RuntimeError(f"rank {taking_part.rank} fails as the test asks")
+    if job.get("overflow"):
+        found |= run.overflow()
+    if not job.get("save_always"):
+        kept.save(run.step, run.state())
+    kept.wait()
+    return found
+
+
+def main() -> None:
+    """Do the job of the command line."""
     folder, job = Path(sys.argv[1]), json.loads(sys.argv[2])
     with ranks(torch.device(job.get("device", "cpu"))) as taking_part:
-        run = SmallRun(job, taking_part)
-        kept = Checkpoints(folder, keep_last=3)
-        if kept.latest() is not None:
-            state = run.state()
-            kept.load(state)
-            run.step = state["progress"]["step"]
-        found = {"first": run.step, "losses": [], "norms": []}
-        while run.step < job["steps"]:
-            loss, norm = run.advance()
-            found["losses"].append(loss)
-            found["norms"].append(norm)
-            if job.get("save_always") or run.step == job.get("save_at"):
-                kept.save(run.step, run.state())
-            if run.step == job.get("die"):
-                kept.wait()
-                if taking_part.rank == taking_part.world - 1:
-                    if job.get("kill"):
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    raise RuntimeError(f"rank {taking_part.rank} fails as the test asks")
-        if not job.get("save_always"):
-            kept.save(run.step, run.state())
-        kept.wait()
+        # In a function of its own, as a run is: models go before the groups that they hold.
+        found = work(folder, job, taking_part)
         if taking_part.is_main:
             print("FOUND " + json.dumps(found), flush=True)
 

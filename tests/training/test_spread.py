@@ -75,6 +75,11 @@ def test_gradients_are_summed_in_half_precision_by_the_v100_policy(
     assert norms != pytest.approx(alone["norms"][:1], rel=1e-7)
 
 
+def test_an_overflow_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
+    seen = found(tmp_path, {"steps": 1, "mode": "fsdp", "precision": "fp16", "overflow": True}, 2)
+    assert (seen["changed"], seen["scale"]) == (0, 0.5)
+
+
 @pytest.mark.parametrize(
     ("job", "message"),
     [({}, "rank 1 fails as the test asks"), ({"kill": True}, "Signal 9")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -64,5 +65,7 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    # A model of DDP that outlives the groups which it holds would wait for ever when it goes (seen on Gloo).
+    gc.collect()
     # Not after an error: the other ranks are no longer at the same place, and waiting for them would hide it.
     dist.destroy_process_group()

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -58,19 +57,9 @@ def parallelise(network: MambalmForCausalLM, section: ParallelSection, precision
     if section.mode == "ddp":
         spread = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         if precision.reduce_dtype == torch.float16:
-            on_gpu = ranks.device.type == "cuda"
-            spread.register_comm_hook(None, fp16_compress_hook if on_gpu else lambda _, bucket: _mean_in_half(bucket))
+            spread.register_comm_hook(None, fp16_compress_hook)
         return spread
     return network if section.mode == "single" else _shard(network, _mesh(section, ranks), precision)
-
-
-def _mean_in_half(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """torch's fp16_compress_hook without its callback, which Gloo's threads never let go of: the process stays."""
-    half = (bucket.buffer() / dist.get_world_size()).half()
-    dist.all_reduce(half)
-    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    done.set_result(bucket.buffer().copy_(half))
-    return done
 
 
 def _recompute(network: MambalmForCausalLM, checkpointing: str) -> None:
