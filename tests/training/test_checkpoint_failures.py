@@ -134,6 +134,9 @@ SAVING = """
 import sys
 from pathlib import Path
 sys.path[:0] = {path!r}
+import torch
+# Sums depend on the number of threads.
+torch.set_num_threads({threads})
 from mambalm.training.checkpoint import Checkpoints
 from tests.training.test_checkpoint_failures import small_run
 run, kept = small_run(), Checkpoints(Path({folder!r}))
@@ -145,7 +148,7 @@ while True:
 
 
 def test_kill_9_at_any_moment(tmp_path: Path) -> None:
-    source = SAVING.format(path=[p for p in sys.path if p], folder=str(tmp_path))
+    source = SAVING.format(path=[p for p in sys.path if p], folder=str(tmp_path), threads=torch.get_num_threads())
     process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None
     # It saves all the time: any moment from the second save on is in the middle of one.
