@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,14 +144,13 @@ def report(row: Row, measured: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def against_length(backend: str | None) -> list[dict[str, Any]]:
+def against_length(backend: str | None) -> Iterator[dict[str, Any]]:
     """One row of 80 heads, longer and longer."""
-    rows = []
     for l in LENGTHS:
-        rows.append({"l": l, **measure(1, l, 80, backend, backward=l <= _LONGEST_BACKWARD)})
-        print(json.dumps(rows[-1]), flush=True)
+        row = {"l": l, **measure(1, l, 80, backend, backward=l <= _LONGEST_BACKWARD)}
+        print(json.dumps(row), flush=True)
+        yield row
         torch.cuda.empty_cache()
-    return rows
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -194,10 +193,12 @@ def main() -> None:
         torch.cuda.empty_cache()
     steps = [step(b, peer, backend) for b, peer in STEPS]
     print(json.dumps(steps), flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
     head = {**provenance(options.commit), "backend": backend, "dtype": "bfloat16"}
-    text = json.dumps({**head, "rows": rows, "steps": steps, "lengths": against_length(backend)}, indent=1)
-    (options.output / "ssd.json").write_text(text + "\n")
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = {**head, "rows": rows, "steps": steps, "lengths": []}
+    for row in against_length(backend):
+        results["lengths"].append(row)
+        (options.output / "ssd.json").write_text(json.dumps(results, indent=1) + "\n")
     return None
 
 
