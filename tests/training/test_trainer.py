@@ -187,6 +187,9 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path[:0] = {path!r}
+import torch
+# Sums depend on the number of threads.
+torch.set_num_threads({threads})
 from mambalm.training.recipe_files import load_recipe
 from mambalm.training.distributed import Ranks
 from mambalm.training.session import run
@@ -201,7 +204,7 @@ def test_kill_9_at_random_moments(data: Path, tmp_path: Path, whole: tuple[list[
     made = recipe(data, {"checkpoints": {"every": 1}})
     (tmp_path / "recipe.yaml").write_text(dump(made))
     names = {"recipe": str(tmp_path / "recipe.yaml"), "folder": str(tmp_path / "run")}
-    source = KILLED.format(path=[path for path in sys.path if path], **names)
+    source = KILLED.format(path=[path for path in sys.path if path], threads=torch.get_num_threads(), **names)
     moments = random.Random(os.getpid())
     kills, metrics = 0, tmp_path / "run" / "metrics.jsonl"
     for _ in range(5):
