@@ -85,3 +85,37 @@ def plot_run(metrics: Path, path: Path) -> None:
         axes.grid(alpha=0.3)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def plot_runs(runs: Mapping[str, Path], lines: Mapping[str, float], path: Path) -> None:
+    """Draw several runs into one PNG: smoothed training losses and, where there are, held-out bits per byte.
+
+    Args:
+        runs: the metrics.jsonl of each, by name.
+        lines: bits per byte to compare with, by name.
+        path: where to; replaced atomically.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 7 if lines else 4), layout="constrained")
+    panels = figure.subplots(2 if lines else 1, squeeze=False, sharex=True)[:, 0]
+    for number, (name, metrics) in enumerate(runs.items()):
+        found = list(read_metrics(metrics))
+        steps = [line for line in found if isinstance(line.get("loss"), float) and "verdict" not in line]
+        values = [line["loss"] for line in steps]
+        smooth = smoothed(values, max(1, math.isqrt(len(values))))
+        panels[0].plot([line["tokens"] for line in steps], smooth, color=f"C{number}", label=name)
+        if lines:
+            held_out = [line for line in found if "held_out/bits_per_byte" in line]
+            values = [line["held_out/bits_per_byte"] for line in held_out]
+            label = f"{name}: {values[-1]:.3f}" if values else name
+            panels[1].plot([line["tokens"] for line in held_out], values, f"C{number}.-", label=label)
+    for name, value in lines.items():
+        panels[-1].axhline(value, color="0.4", linestyle="--", label=f"{name}: {value:.3f}")
+    panels[0].set(ylabel="training loss, nats per token")
+    panels[-1].set(xlabel="tokens", **({"ylabel": "held out, bits per byte"} if lines else {}))
+    for axes in panels:
+        axes.legend()
+        axes.grid(alpha=0.3)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -146,6 +146,7 @@ def run(
         folder.prepare(recipe, restart)
     ranks.barrier()
     trainer = open_trainer(recipe, folder, ranks)
+    trainer.prepare()
     if ranks.is_main and trainer.adapted is not None:
         console.print(str(trainer.adapted.report))
     if ranks.is_main and trainer.position.step:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mambalm.data.mixture import MixedStream
 from mambalm.data.samples import IGNORED, Batch
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.training.adapters import Adapted
@@ -87,6 +88,7 @@ class Trainer:
         self.reader = Reader(self.recipe, self.tokenizer, vocabulary, self.ranks.rank, self.ranks.world)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self._batches: list[Batch] = []
+        self._held_out: dict[int, MixedStream | None] = {}
 
     @property
     def is_over(self) -> bool:
@@ -229,13 +231,27 @@ class Trainer:
 
     def measure(self) -> dict[str, float]:
         """The held-out loss of the present stage; nothing where nothing is held out."""
-        number = min(self.position.stage, len(self.recipe.stages) - 1)
-        if self.recipe.data_of(number).held_out == 0:
+        stream = self._held_out_of(min(self.position.stage, len(self.recipe.stages) - 1))
+        if stream is None:
             return {}
-        stream = self.reader.stream(number, {}, "held_out")
         section = self.recipe.evaluation
         held_out = HeldOut(stream, section.sequences, self.stage.micro_batch, self._bytes, self.policy.autocast)
         return held_out.measure(self.model, self.ranks.device)
+
+    def prepare(self) -> None:
+        """Open what is held out of every stage that is left, so that what does not fit shows before the first step.
+
+        Raises:
+            ValueError: it cannot be opened.
+        """
+        for number in range(self.position.stage, len(self.recipe.stages)):
+            self._held_out_of(number)
+
+    def _held_out_of(self, number: int) -> MixedStream | None:
+        if number not in self._held_out:
+            kept = self.recipe.data_of(number).held_out > 0
+            self._held_out[number] = self.reader.stream(number, {}, "held_out") if kept else None
+        return self._held_out[number]
 
     @cached_property
     def _bytes(self) -> Tensor:
