@@ -14,7 +14,7 @@ from mambalm.data.tokenizer import train_tokenizer
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.models.mamba import MambaForCausalLM
 from mambalm.models.mamba2 import Mamba2ForCausalLM
-from mambalm.training.curve import plot_run
+from mambalm.training.curve import plot_run, plot_runs
 from mambalm.training.held_out import token_bytes
 from mambalm.training.layer_norms import layer_norms
 from mambalm.training.metrics import MetricsLog, peak_flops, read_metrics
@@ -46,7 +46,10 @@ def test_curves(tmp_path: Path) -> None:
     log.write(4, {"held_out/loss": 0.5, "tokens": 4})
     log.close()
     plot_run(log.path, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    plot_runs({"one": log.path, "two": log.path}, {}, tmp_path / "losses.png")
+    plot_runs({"one": log.path}, {"xz": 2.0}, tmp_path / "both.png")
+    for name in ("curves", "losses", "both"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_peaks_of_devices() -> None:
