@@ -13,6 +13,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Triton reads this when a kernel is defined, so it is set before anything of mambalm is imported.
@@ -117,3 +118,16 @@ def tiny_checkpoint(
     tiny_model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A process group of one, for what is sharded."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield DeviceMesh("cpu", [0])
+    finally:
+        dist.destroy_process_group()

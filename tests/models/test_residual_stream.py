@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -29,15 +27,6 @@ def test_a_hook_sees_the_sums(family: str) -> None:
     assert torch.equal(seen[0], outputs.hidden_states[0])
     for logits in (hooked, outputs.logits):
         assert_close({"logits": logits}, {"logits": expected}, 1e-6)
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield DeviceMesh("cpu", [0])
-    finally:
-        dist.destroy_process_group()
 
 
 def test_sharded_blocks_add_late_too(mesh: DeviceMesh) -> None:

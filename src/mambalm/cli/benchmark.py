@@ -128,8 +128,8 @@ def memory(
         "shortest": shortest,
         "longest": longest,
         "chunk_size": chunk_size,
+        "seconds": seconds,
     }
-    told["seconds"] = seconds
     place = parse_device(device)
     subjects = _subjects(models, random, dtype, place, beside, transformers)
     _report("memory", subjects, measure, told, place, output, commit)

@@ -32,8 +32,8 @@ def _check(peak: float, floor: float, warmup: float) -> None:
 
 
 @dataclass(frozen=True)
-class Cosine:
-    """Linear warm-up, then half a cosine from ``peak`` to ``floor`` at the horizon.
+class _Falling:
+    """Linear warm-up, then a fall from ``peak`` to ``floor`` at the horizon.
 
     Attributes:
         peak: the highest learning rate.
@@ -51,8 +51,25 @@ class Cosine:
     def __call__(self, tokens: float, horizon: float) -> float:
         """The learning rate after ``tokens`` of ``horizon`` tokens."""
         done = min(1.0, max(0.0, tokens - self.warmup) / max(1.0, horizon - self.warmup))
-        falling = self.floor + (self.peak - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
-        return falling * _warm_up(tokens, self.warmup)
+        return (self.floor + (self.peak - self.floor) * self._kept(done)) * _warm_up(tokens, self.warmup)
+
+    def _kept(self, done: float) -> float:
+        """The part of the height above the floor that is left after a part of the fall."""
+        raise NotImplementedError
+
+
+class Cosine(_Falling):
+    """Linear warm-up, then half a cosine from ``peak`` to ``floor`` at the horizon."""
+
+    def _kept(self, done: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Linear(_Falling):
+    """Linear warm-up, then a line from ``peak`` to ``floor`` at the horizon; a constant where they are equal."""
+
+    def _kept(self, done: float) -> float:
+        return 1 - done
 
 
 @dataclass(frozen=True)
@@ -92,26 +109,3 @@ class WarmupStableDecay:
             kept = 1 - (math.sqrt(done) if self.shape == "1-sqrt" else done)
             falling = self.floor + (self.peak - self.floor) * kept
         return falling * _warm_up(tokens, self.warmup)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Linear warm-up, then a line from ``peak`` to ``floor`` at the horizon; a constant where they are equal.
-
-    Attributes:
-        peak: the highest learning rate.
-        warmup: tokens until it is reached.
-        floor: the learning rate from the horizon on.
-    """
-
-    peak: float
-    warmup: float
-    floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(self.peak, self.floor, self.warmup)
-
-    def __call__(self, tokens: float, horizon: float) -> float:
-        """The learning rate after ``tokens`` of ``horizon`` tokens."""
-        done = min(1.0, max(0.0, tokens - self.warmup) / max(1.0, horizon - self.warmup))
-        return (self.peak + (self.floor - self.peak) * done) * _warm_up(tokens, self.warmup)
