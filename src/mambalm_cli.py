@@ -7,10 +7,11 @@ not wait. A sub-command is the function of its file's name in `mambalm/cli/`.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from typing import Annotated
 
 import typer
@@ -59,6 +60,17 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _message(error: Exception) -> str:
+    """What went wrong, and for a package of an extra that is not installed how to get it."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        for line in requires("mambalm") or []:
+            found = re.fullmatch(rf"{re.escape(package)}\b.*; extra == [\"'](\w+)[\"']", line, re.IGNORECASE)
+            if found:
+                return f"{package} is not installed: pip install 'mambalm[{found[1]}]'"
+    return str(error)
+
+
 def _forward(name: str) -> Callable[[typer.Context], None]:
     """A command that imports the real one and hands its arguments on."""
 
@@ -73,7 +85,7 @@ def _forward(name: str) -> Callable[[typer.Context], None]:
         except MENDABLE as error:
             if ctx.obj:
                 raise
-            typer.secho(f"mambalm {name}: {error}", fg="red", err=True)
+            typer.secho(f"mambalm {name}: {_message(error)}", fg="red", err=True)
             raise typer.Exit(2) from None
 
     return run

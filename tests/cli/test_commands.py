@@ -148,6 +148,26 @@ def test_generate_tells_an_error_in_one_line(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("datatrove.pipeline", "datatrove is not installed: pip install 'mambalm[train]'"),
+        ("torchao", "torchao is not installed: pip install 'mambalm[quant]'"),
+        ("nowhere", "No module named 'nowhere'"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, module: str, message: str
+) -> None:
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(mambalm_cli, "import_module", fail)
+    result = call("doctor")
+    assert result.exit_code == 2
+    assert result.stderr == f"mambalm doctor: {message}\n"
+
+
 def test_debug_keeps_the_traceback() -> None:
     result = call("--debug", "generate", "no/such/folder", "hello")
     assert isinstance(result.exception, ValueError)
