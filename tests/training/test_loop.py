@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -203,7 +204,15 @@ def test_kill_9_while_saving_leaves_a_loadable_checkpoint(tmp_path: Path) -> Non
     save_all(run, tmp_path)
 
 
-def test_the_first_signal_asks_the_second_acts() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in the foreground of a shell, whatever started the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_asks_the_second_acts(interruptible: None) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stop_requests() as request:
         assert not request
@@ -213,6 +222,14 @@ def test_the_first_signal_asks_the_second_acts() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_ignored_signal_stays_ignored(interruptible: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_requests() as request:
+        signal.raise_signal(signal.SIGINT)
+        assert not request
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_the_fastest_dtype_is_one_that_trains() -> None:

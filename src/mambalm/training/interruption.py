@@ -34,10 +34,12 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Inside the block, the first SIGINT or SIGTERM only sets the request; the second does what it did before.
 
+    A signal that the process was started to ignore, as a shell starts what it runs in the background, stays ignored.
     To be entered in the main thread, as Python's signal handlers are.
     """
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal = number
@@ -47,7 +49,7 @@ def stop_requests() -> Iterator[StopRequest]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, ask)
     try:
         yield request
