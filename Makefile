@@ -9,7 +9,7 @@ QUICKSTART ?= quickstart
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check test-gpu bench
+.PHONY: help quickstart test check check-triton test-gpu bench
 
 help:
 	@grep -E '^# |^[a-z-]+:.*##' Makefile | sed -E 's/^# //; s/^([a-z-]+):.*## */  make \1: /'
@@ -36,6 +36,9 @@ check: $(VENV)/.installed-dev ## lint, format, types, and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
+
+check-triton: $(VENV)/.installed-dev ## compile the kernels of every op with every Triton from 3.6 on, without a GPU
+	$(BIN)/python -m tests.ops.triton_versions all
 
 test-gpu: ## the tests that need a GPU
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
