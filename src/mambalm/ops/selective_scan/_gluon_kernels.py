@@ -100,11 +100,15 @@ def step_size(x, inside, SOFTPLUS: gl.constexpr):
 
 
 @gluon.jit
-def softplus_slope(x):
-    """sigmoid(x), from the exponential that softplus has computed."""
-    e = exp2(-gl.abs(x) * LOG2E)
-    r = reciprocal(1.0 + e)
-    return gl.where(x >= 0.0, r, e * r)
+def step_slope(x, inside, SOFTPLUS: gl.constexpr):
+    """The derivative of ``step_size``, from the same exponential."""
+    if SOFTPLUS:
+        e = exp2(-gl.abs(x) * LOG2E)
+        r = reciprocal(1.0 + e)
+        slope = gl.where(x >= 0.0, r, e * r)
+    else:
+        slope = gl.full_like(x, 1.0)
+    return gl.where(inside, slope, 0.0)
 
 
 @gluon.jit
@@ -176,10 +180,18 @@ def by_lane(values):
 
 
 @gluon.jit
-def by_state(values):
-    """(channel / several, lane, state, step) as (step, channel / several, lane and state)."""
-    held: gl.constexpr = values.shape[2]
-    return gl.reshape(gl.permute(values, [3, 0, 1, 2]), [4, values.shape[0], values.shape[1] * held])
+def by_state(x, y):
+    """Two (channel / several, lane, state, step) as one (step and which of the two, channel / several, state)."""
+    heads: gl.constexpr = x.shape[0]
+    states: gl.constexpr = x.shape[1] * x.shape[2]
+    return gl.reshape(gl.permute(gl.join(x, y), [3, 4, 0, 1, 2]), [2 * x.shape[3], heads, states])
+
+
+@gluon.jit
+def prefetch(pointers, mask):
+    """Ask for the lines at ``pointers`` to be brought into the L2 cache."""
+    code: gl.constexpr = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }"
+    gl.inline_asm_elementwise(code, "=r,l,r", [pointers, mask.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -484,10 +496,11 @@ def scan_forward(
 
 @gluon.constexpr_function
 def channel_sum_layout(states, warps):
-    """(step of a group, channel, state) for sums over the channels: vectors of states, few lanes along the channels."""
+    """(step of a group and dB or dC, channel, state) for sums over the channels: vectors of states, few lanes along
+    the channels."""
     across = max(min(states // 4, 32), 1)
-    steps = max(min(4 // warps, 32 // across), 1)
-    return gl.BlockedLayout([1, 1, 4], [steps, 32 // across // steps, across], [warps, 1, 1], [2, 1, 0])
+    sums = max(min(8 // warps, 32 // across), 1)
+    return gl.BlockedLayout([1, 1, 4], [sums, 32 // across // sums, across], [warps, 1, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
@@ -516,8 +529,7 @@ def scan_backward(
     ddelta,
     dz,
     dA,
-    dB,
-    dC,
+    dBC,
     dD,
     dbias,
     dinitial,
@@ -600,12 +612,26 @@ def scan_backward(
     out_time = gl.expand_dims(gl.arange(0, GROUP, gl.SliceLayout(1, OUT)), 1)
     out_channel = first + gl.arange(0, BLOCK, gl.SliceLayout(0, OUT))
     out_inside = out_channel < last
-    out_offset = gl.expand_dims(channel_vector(bias, out_channel, out_inside), 0)
     skip = gl.expand_dims(channel_vector(D, out_channel, out_inside), 0)
     out_column = gl.expand_dims(out_channel, 0)
-    sum_time = gl.expand_dims(gl.arange(0, GROUP, gl.SliceLayout(1, SUM_STATE)), 1)
+    sum_index = gl.expand_dims(gl.arange(0, 2 * GROUP, gl.SliceLayout(1, SUM_STATE)), 1)
+    sum_time = sum_index // 2
     sum_state = gl.expand_dims(gl.arange(0, STATES, gl.SliceLayout(0, SUM_STATE)), 0)
-    at_sum = sum_time * (groups * states) + sum_state
+    of_C = (sum_index % 2).to(gl.int64) * (blocks * (share * 0 + tokens) * groups * states)
+    at_sum = dBC + (of_C + (sum_time * (groups * states) + sum_state))
+
+    # A line of every step of a tile, and those of the checkpoints, for the prefetches.
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    line_time = gl.arange(0, PIECE, LINE)
+    line = line_time < PIECE
+    at_line_u = line_time * u_l + first
+    at_line_delta = line_time * delta_l + first
+    at_line_dy = line_time * dy_l + first
+    if z is not None:
+        at_line_z = line_time * z_l + first
+    line_cell = gl.arange(0, BLOCK * STATES // 32, LINE) * 32
+    at_line_cell = first * states + line_cell
+    line_cell = at_line_cell < last * states
 
     memory_step = gl.allocate_shared_memory(gl.float32, [PIECE, BLOCK], PLAIN2)
     memory_inflow = gl.allocate_shared_memory(gl.float32, [PIECE, BLOCK], PLAIN2)
@@ -614,6 +640,12 @@ def scan_backward(
     memory_C = gl.allocate_shared_memory(gl.float32, [PIECE, STATES], PLAIN2)
     step_at = view(memory_step, [PIECE, HEADS, SEVERAL], PLAIN2)
     steps_at = view(memory_step, [PIECE // GROUP, GROUP, BLOCK], PLAIN2)
+    memory_slope = gl.allocate_shared_memory(gl.float32, [PIECE, BLOCK], PLAIN2)
+    slopes_at = view(memory_slope, [PIECE // GROUP, GROUP, BLOCK], PLAIN2)
+    if z is not None:
+        memory_dz = gl.allocate_shared_memory(gl.float32, [PIECE, BLOCK], PLAIN2)
+        dzs_at = view(memory_dz, [PIECE // GROUP, GROUP, BLOCK], PLAIN2)
+    dys_at = view(memory_dy, [PIECE // GROUP, GROUP, BLOCK], PLAIN2)
     inflow_at = view(memory_inflow, [PIECE, HEADS, SEVERAL], PLAIN2)
     dy_at = view(memory_dy, [PIECE, HEADS, SEVERAL], PLAIN2)
     B_at = view(memory_B, [PIECE, LANES, HELD], PLAIN2)
@@ -625,8 +657,7 @@ def scan_backward(
     memory_y = gl.allocate_shared_memory(gl.float32, [GROUP, LANES, BLOCK], PARTIAL)
     memory_p = gl.allocate_shared_memory(gl.float32, [GROUP, LANES, BLOCK], PARTIAL)
     memory_q = gl.allocate_shared_memory(gl.float32, [GROUP, LANES, BLOCK], PARTIAL)
-    memory_dB = gl.allocate_shared_memory(gl.float32, [GROUP, HEADS, STATES], PLAIN3)
-    memory_dC = gl.allocate_shared_memory(gl.float32, [GROUP, HEADS, STATES], PLAIN3)
+    memory_dBC = gl.allocate_shared_memory(gl.float32, [2 * GROUP, HEADS, STATES], PLAIN3)
 
     sum_A = gl.zeros([HEADS, SEVERAL, LANES, HELD], gl.float32, STATE)
     sum_D = gl.zeros([GROUP, BLOCK], gl.float32, OUT)
@@ -661,10 +692,22 @@ def scan_backward(
             gated = gl.load(dy_row + far * dy_l + (time * dy_l + column), mask=now, other=0.0).to(gl.float32)
             if z is not None:
                 gate = gl.load(z_row + far * z_l + (time * z_l + column), mask=now, other=0.0).to(gl.float32)
-                gated = gated * gate * sigmoid(gate)
+                open = sigmoid(gate)
+                memory_dz.store(gated * open * (1.0 + gate * (1.0 - open)))
+                gated = gated * gate * open
             b = gl.load(B_row + far * B_l + (time_BC * B_l + state_BC), mask=now_BC, other=0.0)
             c = gl.load(C_row + far * C_l + (time_BC * C_l + state_BC), mask=now_BC, other=0.0)
-            step = step_size(raw.to(gl.float32) + offset, now, SOFTPLUS)
+            argument = raw.to(gl.float32) + offset
+            step = step_size(argument, now, SOFTPLUS)
+            memory_slope.store(step_slope(argument, now, SOFTPLUS))
+            if start > 0:
+                early = far - PIECE
+                prefetch(u_row + early * u_l + at_line_u, line)
+                prefetch(delta_row + early * delta_l + at_line_delta, line)
+                prefetch(dy_row + early * dy_l + at_line_dy, line)
+                if z is not None:
+                    prefetch(z_row + early * z_l + at_line_z, line)
+                prefetch(checkpoints + (piece + start // PIECE - 1) * size + at_line_cell, line_cell)
             memory_step.store(step)
             memory_inflow.store(step * x)
             memory_dy.store(gated)
@@ -684,10 +727,6 @@ def scan_backward(
                 near = far + t0
                 valid = (out_time < steps - start - t0) & gl.expand_dims(out_inside, 0)
                 u_t = gl.load(u_row + near * u_l + (out_time * u_l + out_column), mask=valid, other=0.0)
-                delta_t = gl.load(delta_row + near * delta_l + (out_time * delta_l + out_column), mask=valid, other=0.0)
-                dy_out = gl.load(dy_row + near * dy_l + (out_time * dy_l + out_column), mask=valid, other=0.0)
-                if z is not None:
-                    z_t = gl.load(z_row + near * z_l + (out_time * z_l + out_column), mask=valid, other=0.0)
                 h = gl.permute(start_at.index(i).load(HELD_STATE), [1, 0, 2, 3])
                 h = gl.convert_layout(h, STATE, assert_trivial=True)
                 hs = (h,)
@@ -724,35 +763,28 @@ def scan_backward(
                     qs += (gl.sum(exponent * a, axis=3),)
                 memory_p.store(by_lane(stack4(ps[3], ps[2], ps[1], ps[0])))
                 memory_q.store(by_lane(stack4(qs[3], qs[2], qs[1], qs[0])))
-                memory_dB.store(by_state(stack4(dBs[3], dBs[2], dBs[1], dBs[0])))
-                memory_dC.store(by_state(stack4(dCs[3], dCs[2], dCs[1], dCs[0])))
+                dB = stack4(dBs[3], dBs[2], dBs[1], dBs[0])
+                memory_dBC.store(by_state(dB, stack4(dCs[3], dCs[2], dCs[1], dCs[0])))
                 if z is not None:
                     memory_y.store(by_lane(stack4(ys[3], ys[2], ys[1], ys[0])))
                 here = (token + near) * channels + (out_time * channels + out_column)
                 x_t = u_t.to(gl.float32)
-                argument = delta_t.to(gl.float32) + out_offset
-                dgated = dy_out.to(gl.float32)
+                dgated = dys_at.index(i).load(OUT)
                 if z is not None:
                     out = sum_of_lanes(memory_y, OUT_LANES, OUT) + skip * x_t
-                    open_t = z_t.to(gl.float32)
-                    s = sigmoid(open_t)
-                    dgate = dgated * out * s * (1.0 + open_t * (1.0 - s))
+                    dgate = out * dzs_at.index(i).load(OUT)
                     gl.store(dz + here, dgate.to(dz.dtype.element_ty), mask=valid)
-                    dgated = dgated * open_t * s
                 inflow = sum_of_lanes(memory_p, OUT_LANES, OUT)
                 change = sum_of_lanes(memory_q, OUT_LANES, OUT) * LN2 + inflow * x_t
-                if SOFTPLUS:
-                    change *= softplus_slope(argument)
-                change = gl.where(valid, change, 0.0)
+                change *= slopes_at.index(i).load(OUT)
                 sum_bias += change
                 sum_D += dgated * x_t
                 into_u = inflow * steps_at.index(i).load(OUT) + skip * dgated
                 gl.store(du + here, into_u.to(du.dtype.element_ty), mask=valid)
                 gl.store(ddelta + here, change.to(ddelta.dtype.element_ty), mask=valid)
-                pairs = ((pair_block + token + near) * groups + group) * states + at_sum
+                pairs = ((pair_block + token + near) * groups + group) * states
                 summed = (sum_time < steps - start - t0) & (sum_state < states)
-                gl.store(dB + pairs, gl.sum(memory_dB.load(SUM), axis=1), mask=summed)
-                gl.store(dC + pairs, gl.sum(memory_dC.load(SUM), axis=1), mask=summed)
+                gl.store(at_sum + pairs, gl.sum(memory_dBC.load(SUM), axis=1), mask=summed)
         if dinitial is not None:
             gl.store(dinitial + row * size + cells, dh, mask=both & (chunk == 0))
     gl.store(dA + share * size + cells, sum_A, mask=both)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mambalm.ops import triton_support
 from mambalm.ops.backends import Call
 from mambalm.ops.selective_scan.arguments import Arguments
-from mambalm.ops.triton_support import dense_channels, on
+from mambalm.ops.triton_support import dense_channels, launch, on
 
 # Steps between the states kept for the backward, which computes those between again: 4 / 16 * n bytes per element
 # of u. The Gluon backward holds one such piece in shared memory.
@@ -105,8 +105,7 @@ class Problem:
             ddelta=dense("delta"),
             dz=dense("z"),
             dA=self.empty(shares, self.d, self.n),
-            dB=self.empty(blocks_per_group, self.b, self.l, self.g, self.n),
-            dC=self.empty(blocks_per_group, self.b, self.l, self.g, self.n),
+            dBC=self.empty(2, blocks_per_group, self.b, self.l, self.g, self.n),
             dD=if_given("D", shares, self.d),
             dbias=if_given("bias", shares, self.d),
             dinitial=if_given("initial", self.rows, self.d, self.n),
@@ -115,22 +114,22 @@ class Problem:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a backward kernel writes. dB and dC have a share per block of channels, dA, dD and dbias one per program
-    of a block: a second stage adds the shares in a fixed order, so that a run can be repeated bit for bit."""
+    """What a backward kernel writes. dB and dC, as one tensor, have a share per block of channels, dA, dD and dbias one
+    per program of a block: a second stage adds the shares in a fixed order, so that every run gives the same bits."""
 
     du: Tensor | None
     ddelta: Tensor | None
     dz: Tensor | None
     dA: Tensor
-    dB: Tensor
-    dC: Tensor
+    dBC: Tensor
     dD: Tensor | None
     dbias: Tensor | None
     dinitial: Tensor | None
 
     def result(self) -> tuple[Tensor | None, ...]:
         """In the order of the interface."""
-        dA, dB, dC, dD, dbias = (_sum_of_shares(t) for t in (self.dA, self.dB, self.dC, self.dD, self.dbias))
+        dA, dD, dbias = (_sum_of_shares(t) for t in (self.dA, self.dD, self.dbias))
+        dB, dC = self.dBC[0].sum(0), self.dBC[1].sum(0)
         return self.du, self.ddelta, dA, dB, dC, dD, self.dz, dbias, self.dinitial
 
 
@@ -145,7 +144,7 @@ def stride_arguments(name: str, t: Tensor | None) -> dict[str, int]:
 
 
 def launch_forward(
-    kernel: Any, problem: Problem, save: bool, *, BLOCK: int, chunks: int = 1, **meta: Any
+    kernel: Any, problem: Problem, save: bool, options: dict[str, Any], *, BLOCK: int, chunks: int = 1, **meta: Any
 ) -> tuple[Tensor, ...]:
     """y, the final state and the checkpoints (empty unless ``save``), by a kernel for blocks of ``BLOCK`` channels that
     cuts each row into ``chunks``."""
@@ -155,9 +154,8 @@ def launch_forward(
     pieces = _pieces(problem.b, problem.l, documents)
     checkpoints = problem.empty(pieces, problem.d, problem.n) if save else None
     with on(problem.device):
-        kernel[(problem.blocks(BLOCK) * problem.rows * chunks,)](
-            **problem.arguments(), y=y, final=final, checkpoints=checkpoints, BLOCK=BLOCK, **meta
-        )
+        arguments = problem.arguments() | {"y": y, "final": final, "checkpoints": checkpoints, "BLOCK": BLOCK} | meta
+        launch(kernel, problem.blocks(BLOCK) * problem.rows * chunks, arguments, options)
     return y, final, problem.empty(0) if checkpoints is None else checkpoints
 
 
@@ -167,6 +165,7 @@ def launch_backward(
     dy: Tensor,
     dfinal: Tensor | None,
     checkpoints: Tensor,
+    options: dict[str, Any],
     *,
     BLOCK: int,
     chunks: int = 1,
@@ -177,17 +176,8 @@ def launch_backward(
     gradients = problem.gradients(problem.blocks(BLOCK) // problem.g, shares)
     dy = dense_channels(dy)
     with on(problem.device):
-        kernel[(problem.blocks(BLOCK) * shares,)](
-            **problem.arguments(),
-            **vars(gradients),
-            **stride_arguments("dy", dy),
-            dy=dy,
-            dfinal=None if dfinal is None else dfinal.contiguous(),
-            checkpoints=checkpoints,
-            tokens=problem.b * problem.l,
-            rows=problem.rows,
-            shares=shares,
-            BLOCK=BLOCK,
-            **meta,
-        )
+        arguments = problem.arguments() | vars(gradients) | stride_arguments("dy", dy) | meta
+        arguments |= {"dfinal": None if dfinal is None else dfinal.contiguous(), "dy": dy, "checkpoints": checkpoints}
+        arguments |= {"tokens": problem.b * problem.l, "rows": problem.rows, "shares": shares, "BLOCK": BLOCK}
+        launch(kernel, problem.blocks(BLOCK) * shares, arguments, options)
     return gradients.result()

@@ -160,8 +160,7 @@ def scan_backward(
     ddelta,
     dz,
     dA,
-    dB,
-    dC,
+    dBC,
     dD,
     dbias,
     dinitial,
@@ -209,6 +208,7 @@ def scan_backward(
     held = scratch + tl.program_id(0).to(tl.int64) * (PIECE * BLOCK * STATES)
     held += tl.arange(0, BLOCK)[:, None] * STATES + state[None, :]
     pair_block = (block % blocks).to(tl.int64) * tokens
+    half = blocks * (zero + tokens) * groups * states
 
     decay = tl.load(A + cells, mask=both, other=0.0).to(tl.float32)
     a = decay * LOG2E
@@ -262,8 +262,8 @@ def scan_backward(
                     out *= gate * sigmoid(gate)
                 dh += out[:, None] * c[None, :]
                 pair = ((pair_block + token + at) * groups + group) * states + state
-                tl.store(dC + pair, tl.sum(out[:, None] * h, axis=0), mask=known)
-                tl.store(dB + pair, tl.sum((step * x)[:, None] * dh, axis=0), mask=known)
+                tl.store(dBC + half + pair, tl.sum(out[:, None] * h, axis=0), mask=known)
+                tl.store(dBC + pair, tl.sum((step * x)[:, None] * dh, axis=0), mask=known)
                 inflow = tl.sum(dh * b[None, :], axis=1)
                 dh *= factor
                 exponent = dh * before

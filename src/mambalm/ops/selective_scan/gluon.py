@@ -13,7 +13,7 @@ from mambalm.ops.selective_scan import triton as plain
 from mambalm.ops.selective_scan._gluon_kernels import scan_backward, scan_ends, scan_forward
 from mambalm.ops.selective_scan._launch import Problem, checkpoint_shape
 from mambalm.ops.selective_scan.arguments import Arguments
-from mambalm.ops.triton_support import dense_channels, on, processors
+from mambalm.ops.triton_support import dense_channels, launch, on, processors
 
 __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
@@ -50,10 +50,13 @@ class Plan:
         lanes = min(max(states * self.lanes // 16, 2), 32)
         several = self.several if states // lanes <= 4 else 1  # else the states spill out of the registers
         sizes = {"LANES": lanes, "SEVERAL": several, "BLOCK": 32 // lanes * self.warps * several}
-        options: dict[str, Any] = {"num_warps": self.warps, "enable_fp_fusion": True}
-        if self.registers is not None:
-            options["maxnreg"] = self.registers
-        return {"STATES": states, "CHUNKS": self.chunks, **sizes, **options}
+        return {"STATES": states, "CHUNKS": self.chunks, **sizes}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's options."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "enable_fp_fusion": True, **limit}
 
 
 def _channels_per_processor(problem: Problem) -> float:
@@ -99,7 +102,8 @@ def _chunk_ends(problem: Problem, plan: Plan, dy: Tensor | None) -> dict[str, An
     meta = plan.meta(problem.n)
     strides = _launch.stride_arguments("dy", dy)
     with on(problem.device):
-        scan_ends[(problem.blocks(meta["BLOCK"]) * items,)](**problem.arguments(), dy=dy, **found, **strides, **meta)
+        arguments = {**problem.arguments(), "dy": dy, **found, **strides, **meta}
+        launch(scan_ends, problem.blocks(meta["BLOCK"]) * items, arguments, plan.options)
     return found
 
 
@@ -111,7 +115,9 @@ def forward(*arguments, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-un
     plan = _forward_plan(problem)
     ends = _chunk_ends(problem, plan, None)
     meta = plan.meta(problem.n)
-    return _launch.launch_forward(scan_forward, problem, save, chunks=plan.chunks, TILE=plan.tile, **ends, **meta)
+    return _launch.launch_forward(
+        scan_forward, problem, save, plan.options, chunks=plan.chunks, TILE=plan.tile, **ends, **meta
+    )
 
 
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
@@ -123,5 +129,5 @@ def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tenso
     ends = _chunk_ends(problem, plan, dy)
     meta = plan.meta(problem.n)
     return _launch.launch_backward(
-        scan_backward, problem, dy, dfinal_state, checkpoints, chunks=plan.chunks, **ends, **meta
+        scan_backward, problem, dy, dfinal_state, checkpoints, plan.options, chunks=plan.chunks, **ends, **meta
     )

@@ -15,6 +15,7 @@ __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 _FORWARD_CELLS, _BACKWARD_CELLS = 1024, 512
 # Steps loaded at once by the forward; divides CHECKPOINT_STEPS.
 _AHEAD = 4
+_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 
 def supports(call: Call) -> str | None:
@@ -26,14 +27,16 @@ def _blocks(problem: Problem, cells: int) -> dict[str, int]:
     states = triton.next_power_of_2(problem.n)
     channels = triton.next_power_of_2(problem.d // problem.g)
     block = max(min(cells // states, channels), 1)
-    return {"BLOCK": block, "STATES": states, "num_warps": 1, "enable_fp_fusion": True}
+    return {"BLOCK": block, "STATES": states}
 
 
 def forward(*arguments, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     """y, the final state and the checkpoints (empty unless ``save``); arguments as in the interface."""
     problem = Problem.of(Arguments(*arguments))
     ahead = 1 if problem.b * problem.l <= problem.rows else _AHEAD
-    return _launch.launch_forward(scan_forward, problem, save, AHEAD=ahead, **_blocks(problem, _FORWARD_CELLS))
+    return _launch.launch_forward(
+        scan_forward, problem, save, _OPTIONS, AHEAD=ahead, **_blocks(problem, _FORWARD_CELLS)
+    )
 
 
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
@@ -43,4 +46,6 @@ def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tenso
     blocks = _blocks(problem, _BACKWARD_CELLS)
     programs = problem.blocks(blocks["BLOCK"]) * problem.shares()
     scratch = problem.empty(programs, CHECKPOINT_STEPS, blocks["BLOCK"], blocks["STATES"])
-    return _launch.launch_backward(scan_backward, problem, dy, dfinal_state, checkpoints, scratch=scratch, **blocks)
+    return _launch.launch_backward(
+        scan_backward, problem, dy, dfinal_state, checkpoints, _OPTIONS, scratch=scratch, **blocks
+    )
