@@ -9,7 +9,7 @@ QUICKSTART ?= quickstart
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check check-triton test-gpu bench
+.PHONY: help quickstart test check check-triton test-gpu bench bench-gpu
 
 help:
 	@grep -E '^# |^[a-z-]+:.*##' Makefile | sed -E 's/^# //; s/^([a-z-]+):.*## */  make \1: /'
@@ -45,3 +45,7 @@ test-gpu: ## the tests that need a GPU
 
 bench: ## speed and memory of every op, each result behind a check that it is right
 	PYTHONPATH=src $(PYTHON) -m benchmarks
+
+bench-gpu: ## on a GPU: every op beside its floor and peers, whole models, decoding, a million tokens
+	for name in selective_scan ssd causal_conv1d rms_norm "models --mode prefill" "models --mode training" decode long_prompt; \
+	do PYTHONPATH=src $(PYTHON) -m benchmarks.$$name || exit; done

@@ -1,9 +1,10 @@
-"""The selective scan against its floors and peers: `python -m benchmarks.selective_scan [--output FOLDER]`.
+"""selective_scan against floors and peers: `python -m benchmarks.selective_scan [--output FOLDER] [--figure FILE]`.
 
 bfloat16 activations with float32 A, D and Δ bias, n = 16, with z and softplus, random data; device time by events, L2
 flushed, medians. A backend whose outputs or gradients fail the comparison with the reference is not timed. The floor is
 the larger of two times: u, Δ, z and y once through memory (the backward: twice that), and n exponentials per element.
-The peer is mamba_ssm 2.3.2.post1, measured on the same kind of GPU.
+The peer is mamba_ssm 2.3.2.post1, measured on the same kind of GPU. `--figure` draws the time against the length from
+the results file, without a GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.__main__ import wrong_tensors
 from benchmarks.cases import Case
+from benchmarks.peers import Times, against_length, beside, draw
 from benchmarks.timing import device_ms, provenance
 from mambalm import ops
 
@@ -34,9 +36,14 @@ class Row:
     b: int
     d: int
     l: int
-    peer: tuple[float, float | None]
-    goal: tuple[float, float | None]
+    peer: Times
+    goal: Times
     n: int = 16
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """b, d, l and n by name."""
+        return {"b": self.b, "d": self.d, "l": self.l, "n": self.n}
 
     @property
     def floors(self) -> tuple[float, float]:
@@ -69,8 +76,9 @@ def arguments(row: Row) -> dict[str, Tensor]:
     return {**activations, **matrices, **decays, "delta_bias": 4 * torch.rand(row.d, device="cuda") - 6}
 
 
-def measure(row: Row, backend: str) -> dict[str, Any]:
-    """The row's times, and the wall time of the first forward and backward (compilation, unless cached)."""
+def measure(row: Row, backend: str, *, backward: bool) -> dict[str, Any]:
+    """The row's times, those of the backward on request, and the wall time of the first forward and backward, which is
+    that of compilation unless the kernels are cached."""
     values = arguments(row)
     leaves = {name: t.requires_grad_() for name, t in values.items()}
     dy = torch.randn_like(values["u"])
@@ -80,29 +88,20 @@ def measure(row: Row, backend: str) -> dict[str, Any]:
         assert isinstance(y, Tensor)
         return y
 
+    def gradients(y: Tensor) -> object:
+        return torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
+
     start = time.perf_counter()
-    y = forward()
-    torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
+    gradients(forward())
     torch.cuda.synchronize()
     result: dict[str, Any] = {"first_call_s": round(time.perf_counter() - start, 2)}
     with torch.no_grad():
         result["forward_ms"] = device_ms(forward)
-    if row.peer[1] is not None:
+    if backward:
         result["forward_saving_ms"] = device_ms(forward)
-        result["backward_ms"] = device_ms(lambda: torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True))
+        y = forward()
+        result["backward_ms"] = device_ms(lambda: gradients(y))
     return result
-
-
-def report(row: Row, measured: dict[str, Any]) -> dict[str, Any]:
-    """The measured times beside floor, goal and peer."""
-    found: dict[str, Any] = {"b": row.b, "d": row.d, "l": row.l, "n": row.n, **measured}
-    for name, floor, goal, peer in zip(("forward", "backward"), row.floors, row.goal, row.peer, strict=True):
-        if (ms := measured.get(f"{name}_ms")) is None:
-            continue
-        found[name] = {"floor_ms": round(floor, 4), "times_floor": round(ms / floor, 2), "goal_ms": goal}
-        if peer is not None:
-            found[name] |= {"mamba_ssm_ms": peer, "faster_than_mamba_ssm": round(peer / ms, 2)}
-    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -125,18 +124,31 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "h200")
     parser.add_argument("--commit", default="", help="what is measured, where there is no git to ask")
     parser.add_argument("--backend", default="gluon", choices=("gluon", "triton"))
+    parser.add_argument("--figure", type=Path, help="draw the results of --output into this PNG, measure nothing")
     options = parser.parse_args()
+    if options.figure:
+        results = json.loads((options.output / "selective_scan.json").read_text())
+        return draw(results, options.figure, "selective_scan, 5120 channels", lambda row: row["d"] == 5120)
     gate = Case("selective_scan", {"b": 2, "l": 67, "d": 48, "n": 16})
     if wrong := wrong_tensors(gate, torch.device("cuda"), torch.bfloat16, options.backend):
         raise SystemExit(f"the {options.backend} backend is wrong, so it is not timed: {wrong}")
     rows = []
     for row in ROWS:
-        rows.append(report(row, measure(row, options.backend)))
+        measured = measure(row, options.backend, backward=row.peer[1] is not None)
+        rows.append(beside(row.shape | measured, row.floors, row.goal, row.peer))
         torch.cuda.empty_cache()
     print(table(rows))
     options.output.mkdir(parents=True, exist_ok=True)
-    results = {**provenance(options.commit), "backend": options.backend, "dtype": "bfloat16", "rows": rows}
-    (options.output / "selective_scan.json").write_text(json.dumps(results, indent=1) + "\n")
+    head = {**provenance(options.commit), "backend": options.backend, "dtype": "bfloat16"}
+    results = {**head, "rows": rows, "lengths": []}
+
+    def longer(l: int, backward: bool) -> dict[str, Any]:
+        return measure(Row(1, 5120, l, (None, None), (None, None)), options.backend, backward=backward)
+
+    for found in against_length(longer):
+        results["lengths"].append(found)
+        (options.output / "selective_scan.json").write_text(json.dumps(results, indent=1) + "\n")
+    return None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.__main__ import wrong_tensors
 from benchmarks.cases import Case
+from benchmarks.peers import against_length, beside, draw
 from benchmarks.timing import device_ms, provenance
 from mambalm import ops
 
@@ -60,8 +61,6 @@ ROWS = (
 )
 # One step of 80 heads: batch and mamba_ssm's microseconds in a graph.
 STEPS = ((1, 3.84), (64, 106), (256, 414))
-LENGTHS = tuple(2**power for power in range(10, 21, 2))
-_LONGEST_BACKWARD = 2**16
 
 
 def arguments(b: int, l: int, h: int) -> dict[str, Tensor]:
@@ -134,43 +133,6 @@ def step(b: int, peer: float, backend: str | None) -> dict[str, Any]:
     return {"b": b, "step_us": us, "floor_us": round(1000 * floor, 2), "mamba_ssm_us": peer}
 
 
-def report(row: Row, measured: dict[str, Any]) -> dict[str, Any]:
-    """The measured times beside floor, goal and peer."""
-    found: dict[str, Any] = {"b": row.b, "l": row.l, "h": row.h, **measured}
-    for name, floor, goal, peer in zip(("forward", "backward"), row.floors, row.goal, row.peer, strict=True):
-        ms = measured[f"{name}_ms"]
-        found[name] = {"floor_ms": round(floor, 4), "times_floor": round(ms / floor, 2), "goal_ms": goal}
-        found[name] |= {"mamba_ssm_ms": peer, "faster_than_mamba_ssm": round(peer / ms, 2)}
-    return found
-
-
-def against_length(backend: str | None) -> Iterator[dict[str, Any]]:
-    """One row of 80 heads, longer and longer."""
-    for l in LENGTHS:
-        row = {"l": l, **measure(1, l, 80, backend, backward=l <= _LONGEST_BACKWARD)}
-        print(json.dumps(row), flush=True)
-        yield row
-        torch.cuda.empty_cache()
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Time per token against the length: flat is linear in the length."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name in ("forward", "backward"):
-        points = [(row["l"], 1e6 * row[f"{name}_ms"] / row["l"]) for row in results["lengths"] if f"{name}_ms" in row]
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel="tokens (batch 1, 80 heads of 64 channels, 128 states)", ylabel="ns per token", xscale="log")
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.set_title(f"ssd, bfloat16, {results['device']}")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Gate, measure, print and write; or draw what was written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ssd", description=__doc__)
@@ -180,7 +142,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw the results of --output into this PNG, measure nothing")
     options = parser.parse_args()
     if options.figure:
-        return draw(json.loads((options.output / "ssd.json").read_text()), options.figure)
+        results = json.loads((options.output / "ssd.json").read_text())
+        return draw(results, options.figure, "ssd, 80 heads of 64 channels, 128 states", lambda row: row["h"] == 80)
     reasons = ops.explain("ssd", "cuda", torch.bfloat16)
     backend = options.backend or next(name for name, reason in reasons.items() if reason is None)
     gate = Case("ssd", {"b": 2, "l": 167, "h": 32, "p": _CHANNELS, "g": 1, "n": _STATES})
@@ -188,7 +151,8 @@ def main() -> None:
         raise SystemExit(f"the {backend} backend is wrong, so it is not timed: {wrong}")
     rows = []
     for row in ROWS:
-        rows.append(report(row, measure(row.b, row.l, row.h, backend)))
+        shape = {"b": row.b, "l": row.l, "h": row.h}
+        rows.append(beside(shape | measure(**shape, backend=backend), row.floors, row.goal, row.peer))
         print(json.dumps(rows[-1]), flush=True)
         torch.cuda.empty_cache()
     steps = [step(b, peer, backend) for b, peer in STEPS]
@@ -196,8 +160,8 @@ def main() -> None:
     head = {**provenance(options.commit), "backend": backend, "dtype": "bfloat16"}
     options.output.mkdir(parents=True, exist_ok=True)
     results = {**head, "rows": rows, "steps": steps, "lengths": []}
-    for row in against_length(backend):
-        results["lengths"].append(row)
+    for found in against_length(lambda l, backward: measure(1, l, 80, backend, backward=backward)):
+        results["lengths"].append(found)
         (options.output / "ssd.json").write_text(json.dumps(results, indent=1) + "\n")
     return None
 

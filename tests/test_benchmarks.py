@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.__main__ import run, wrong_tensors
 from benchmarks.cases import CPU_CASES, GPU_CASES, Case
+from benchmarks.peers import beside, draw
 from mambalm.ops.backends import OPS
 
 CPU = torch.device("cpu")
@@ -35,3 +38,14 @@ def test_a_wrong_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     row = run(case, CPU, torch.float32)
     assert "forward_ms" not in row
     assert set(row["wrong"]) == {"output", "x", "weight"}
+
+
+def test_time_against_length_is_drawn_from_results(tmp_path: Path) -> None:
+    shape = {"b": 1, "l": 64, "d": 8}
+    peerless = beside(shape | {"forward_ms": 2.0}, (1.0, 1.0), (1.5, None), (None, None))
+    assert peerless["forward"] == {"floor_ms": 1.0, "times_floor": 2.0, "goal_ms": 1.5}
+    row = beside(shape | {"forward_ms": 2.0, "backward_ms": 3.0}, (1.0, 1.0), (1.5, None), (4.0, 9.0))
+    assert row["backward"]["faster_than_mamba_ssm"] == 3.0
+    results = {"device": "one", "rows": [row, peerless], "lengths": [{"l": 32, "forward_ms": 1.0, "backward_ms": 2.0}]}
+    draw(results, tmp_path / "time.png", "a scan", lambda row: row["d"] == 8)
+    assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
