@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambalm.ops.backends import is_plain
+from mambalm.ops.backends import is_plain, needs_grad
 from mambalm.quantization.layout import Packed
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class QuantizedLinear(nn.Module):
         from mambalm.ops.numba_team import JobList
         from mambalm.quantization import products
 
-        plain = x.device.type == "cpu" and is_plain(x)
+        plain = x.device.type == "cpu" and is_plain(x) and not needs_grad(x)
         rows = x.numel() // self.in_features
         if not plain or rows > _FEW or x.dtype == torch.float64:
             fast = plain and x.dtype in (torch.float32, torch.bfloat16)

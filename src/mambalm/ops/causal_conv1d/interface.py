@@ -50,15 +50,11 @@ def causal_conv1d(
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
     silu = activation is not None
     name = backends.requested(backend)
-    tensors = (x, weight, bias, initial_state)
     if name == "reference":
         y, final_state = reference.causal_conv1d(x, weight, bias, silu, initial_state, cu_seqlens)
-    elif backends.is_plain(*tensors, cu_seqlens):
-        module = backends.choose(_call(x, weight, cu_seqlens), name)
-        with backends.exact(x.device):
-            y, final_state = module.forward(x, weight, bias, silu, initial_state, cu_seqlens)
     else:
-        y, final_state = _forward(x, weight, bias, silu, initial_state, cu_seqlens, name)
+        function = backends.way(_run, _forward, (x, weight, bias, initial_state, cu_seqlens), _differentiable)
+        y, final_state = function(x, weight, bias, silu, initial_state, cu_seqlens, name)
     return (y, final_state) if return_final_state else y
 
 
@@ -93,8 +89,7 @@ def _call(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> backends.Call
     return backends.Call(_OP, x.device, x.dtype, sizes)
 
 
-@torch.library.custom_op("mambalm::causal_conv1d", mutates_args=())
-def _forward(
+def _run(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -109,6 +104,9 @@ def _forward(
         return module.forward(x, weight, bias, silu, initial_state, cu_seqlens)
 
 
+_forward = torch.library.custom_op("mambalm::causal_conv1d", _run, mutates_args=())
+
+
 @_forward.register_fake
 def _(x, weight, bias, silu, initial_state, cu_seqlens, backend):  # type: ignore[no-untyped-def]
     (b, _, d), k = x.shape, weight.shape[1]
@@ -116,8 +114,7 @@ def _(x, weight, bias, silu, initial_state, cu_seqlens, backend):  # type: ignor
     return x.new_empty(x.shape), x.new_empty(rows, d, k - 1)
 
 
-@torch.library.custom_op("mambalm::causal_conv1d_backward", mutates_args=())
-def _backward(
+def _run_backward(
     dy: Tensor | None,
     dfinal_state: Tensor | None,
     x: Tensor,
@@ -137,6 +134,9 @@ def _backward(
     return [x.new_empty(0) if t is None else g.to(t.dtype).contiguous() for t, g in zip(wanted, gradients, strict=True)]
 
 
+_backward = torch.library.custom_op("mambalm::causal_conv1d_backward", _run_backward, mutates_args=())
+
+
 @_backward.register_fake
 def _(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, backend):  # type: ignore[no-untyped-def]
     return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state)]
@@ -150,12 +150,13 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, dy, dfinal_state):  # type: ignore[no-untyped-def]
     x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
-    dx, dweight, dbias, dinitial = _backward(
-        dy, dfinal_state, x, weight, bias, ctx.silu, initial_state, cu_seqlens, ctx.backend
-    )
+    given, rest = (dy, dfinal_state, x, weight, bias), (initial_state, cu_seqlens)
+    function = backends.way(_run_backward, _backward, (*given, *rest))
+    dx, dweight, dbias, dinitial = function(*given, ctx.silu, *rest, ctx.backend)
     dbias = None if bias is None else dbias
     dinitial = None if initial_state is None else dinitial
     return dx, dweight, dbias, None, dinitial, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_differentiable = backends.differentiable(_run, _setup_context, _autograd)

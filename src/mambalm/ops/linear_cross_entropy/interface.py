@@ -74,8 +74,8 @@ def linear_cross_entropy(
     )
     summed = reduction != "none"
     wanted = [summed and backends.needs_grad(t) for t in (x, weight, bias)]
-    run = _evaluate if backends.is_plain(x, weight, bias, labels) else _operator
-    result = run(*arguments, None, summed, wanted)[0]
+    function = backends.way(_evaluate, _operator, (x, weight, bias, labels))
+    result = function(*arguments, None, summed, wanted)[0]
     if reduction == "mean":
         return result / (labels != ignore_index).sum().clamp(min=1)
     return result.view(labels.shape) if reduction == "none" else result

@@ -53,12 +53,9 @@ def rms_norm(
     arguments = (x, weight, gate, residual, eps, group_size, stream_dtype)
     if name == "reference":
         y, stream = reference.rms_norm(*arguments)
-    elif backends.is_plain(x, weight, gate, residual):
-        module = backends.choose(_call(x, group_size), name)
-        with backends.exact(x.device):
-            y, stream = module.forward(*arguments)
     else:
-        y, stream = _forward(*arguments, name)
+        function = backends.way(_run, _forward, (x, weight, gate, residual), _differentiable)
+        y, stream = function(*arguments, name)
     if residual is not None:
         return y, stream
     return (y, x.to(acc)) if residual_in_fp32 else y
@@ -93,8 +90,7 @@ def _call(x: Tensor, group_size: int) -> backends.Call:
     return backends.Call(_OP, x.device, x.dtype, {"l": x.numel() // d, "d": d, "g": d // group_size})
 
 
-@torch.library.custom_op("mambalm::rms_norm", mutates_args=())
-def _forward(
+def _run(
     x: Tensor,
     weight: Tensor | None,
     gate: Tensor | None,
@@ -110,13 +106,15 @@ def _forward(
         return module.forward(x, weight, gate, residual, eps, group_size, stream_dtype)
 
 
+_forward = torch.library.custom_op("mambalm::rms_norm", _run, mutates_args=())
+
+
 @_forward.register_fake
 def _(x, weight, gate, residual, eps, group_size, stream_dtype, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape, dtype=stream_dtype)
 
 
-@torch.library.custom_op("mambalm::rms_norm_backward", mutates_args=())
-def _backward(
+def _run_backward(
     dy: Tensor | None,
     dstream: Tensor | None,
     source: Tensor,
@@ -134,6 +132,9 @@ def _backward(
         gradients = module.backward(dy, dstream, source, weight, gate, eps, group_size)
     dtypes = (dtype, weight if weight is None else weight.dtype, gate if gate is None else gate.dtype)
     return [source.new_empty(0) if g is None else g.to(t).contiguous() for g, t in zip(gradients, dtypes, strict=True)]
+
+
+_backward = torch.library.custom_op("mambalm::rms_norm_backward", _run_backward, mutates_args=())
 
 
 @_backward.register_fake
@@ -156,7 +157,9 @@ def _autograd(ctx, dy, dstream):  # type: ignore[no-untyped-def]
     dx_dtype, dresidual_dtype = ctx.dtypes
     dtype = torch.promote_types(dx_dtype, dresidual_dtype)
     dstream = dstream if ctx.has_residual else None
-    dsource, dweight, dgate = _backward(dy, dstream, source, weight, gate, ctx.eps, ctx.group_size, dtype, ctx.backend)
+    given = (dy, dstream, source, weight, gate)
+    function = backends.way(_run_backward, _backward, given)
+    dsource, dweight, dgate = function(*given, ctx.eps, ctx.group_size, dtype, ctx.backend)
     dweight = None if weight is None else dweight
     dgate = None if gate is None else dgate
     dresidual = dsource.to(dresidual_dtype) if ctx.has_residual else None
@@ -164,3 +167,4 @@ def _autograd(ctx, dy, dstream):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_differentiable = backends.differentiable(_run, _setup_context, _autograd)

@@ -63,13 +63,10 @@ def selective_scan(
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     if name == "reference":
         y, final_state = reference.selective_scan(*tensors, delta_softplus, initial_state, cu_seqlens)
-    elif backends.is_plain(*tensors, initial_state, cu_seqlens):
-        module = backends.choose(_call(u, A, B, cu_seqlens), name)
-        with backends.exact(u.device):
-            y, final_state, _ = module.forward(*tensors, delta_softplus, initial_state, cu_seqlens, save=False)
     else:
         save = backends.needs_grad(*tensors, initial_state)
-        y, final_state, _ = _forward(*tensors, delta_softplus, initial_state, cu_seqlens, name, save)
+        function = backends.way(_run, _forward, (*tensors, initial_state, cu_seqlens), _differentiable)
+        y, final_state, _ = function(*tensors, delta_softplus, initial_state, cu_seqlens, name, save)
     return (y, final_state) if return_final_state else y
 
 
@@ -116,8 +113,7 @@ def _call(u: Tensor, A: Tensor, B: Tensor, cu_seqlens: Tensor | None) -> backend
     return backends.Call(_OP, u.device, u.dtype, sizes)
 
 
-@torch.library.custom_op("mambalm::selective_scan", mutates_args=())
-def _forward(
+def _run(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -138,6 +134,9 @@ def _forward(
         return module.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save=save)
 
 
+_forward = torch.library.custom_op("mambalm::selective_scan", _run, mutates_args=())
+
+
 @_forward.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, backend, save):  # type: ignore[no-untyped-def]
     call = _call(u, A, B, cu_seqlens)
@@ -151,8 +150,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seq
     )
 
 
-@torch.library.custom_op("mambalm::selective_scan_backward", mutates_args=())
-def _backward(
+def _run_backward(
     dy: Tensor | None,
     dfinal_state: Tensor | None,
     u: Tensor,
@@ -177,6 +175,9 @@ def _backward(
         gradients = module.backward(dy, dfinal_state, *inputs, checkpoints)
     wanted = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return [u.new_empty(0) if t is None else g.to(t.dtype) for t, g in zip(wanted, gradients, strict=True)]
+
+
+_backward = torch.library.custom_op("mambalm::selective_scan_backward", _run_backward, mutates_args=())
 
 
 @_backward.register_fake
@@ -209,12 +210,13 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
     *tensors, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
-    gradients = _backward(
-        dy, dfinal_state, *tensors, ctx.delta_softplus, initial_state, cu_seqlens, checkpoints, ctx.backend
-    )
+    given, rest = (dy, dfinal_state, *tensors), (initial_state, cu_seqlens, checkpoints)
+    function = backends.way(_run_backward, _backward, (*given, *rest))
+    gradients = function(*given, ctx.delta_softplus, *rest, ctx.backend)
     present = (*(t is not None for t in tensors), initial_state is not None)
-    *rest, dinitial = [g if there else None for g, there in zip(gradients, present, strict=True)]
-    return (*rest, None, dinitial, None, None, None)
+    *gradients, dinitial = [g if there else None for g, there in zip(gradients, present, strict=True)]
+    return (*gradients, None, dinitial, None, None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_differentiable = backends.differentiable(_run, _setup_context, _autograd)

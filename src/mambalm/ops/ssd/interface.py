@@ -74,13 +74,10 @@ def ssd(
     if name == "reference":
         with backends.exact(x.device):
             y, final_state = reference.ssd(*tensors, *rest)
-    elif backends.is_plain(*tensors, initial_state, cu_seqlens):
-        module = backends.choose(_call(x, B, cu_seqlens), name)
-        with backends.exact(x.device):
-            y, final_state, _ = module.forward(*tensors, *rest, chunk_size, final=return_final_state, save=False)
     else:
         save = backends.needs_grad(*tensors, initial_state)
-        y, final_state, _ = _forward(*tensors, *rest, chunk_size, name, return_final_state, save)
+        function = backends.way(_run, _forward, (*tensors, initial_state, cu_seqlens), _differentiable)
+        y, final_state, _ = function(*tensors, *rest, chunk_size, name, return_final_state, save)
     return (y, final_state) if return_final_state else y
 
 
@@ -130,8 +127,7 @@ def _call(x: Tensor, B: Tensor, cu_seqlens: Tensor | None) -> backends.Call:
     return backends.Call(_OP, x.device, x.dtype, sizes)
 
 
-@torch.library.custom_op("mambalm::ssd", mutates_args=())
-def _forward(
+def _run(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -155,6 +151,9 @@ def _forward(
     inputs = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, cu_seqlens, chunk_size)
     with backends.exact(x.device):
         return module.forward(*inputs, final=final, save=save)
+
+
+_forward = torch.library.custom_op("mambalm::ssd", _run, mutates_args=())
 
 
 @_forward.register_fake
@@ -188,8 +187,7 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("mambalm::ssd_backward", mutates_args=())
-def _backward(
+def _run_backward(
     dy: Tensor | None,
     dfinal_state: Tensor | None,
     x: Tensor,
@@ -219,6 +217,9 @@ def _backward(
     return [x.new_empty(0) if t is None else g.to(t.dtype) for t, g in zip(wanted, gradients, strict=True)]
 
 
+_backward = torch.library.custom_op("mambalm::ssd_backward", _run_backward, mutates_args=())
+
+
 @_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
     dy, dfinal_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, cu_seqlens, *_
@@ -236,11 +237,14 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
     *tensors, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
+    given = (dy, dfinal_state if ctx.final else None, *tensors)
     rest = (*ctx.steps, initial_state, cu_seqlens, ctx.chunk_size, checkpoints, ctx.backend)
-    gradients = _backward(dy, dfinal_state if ctx.final else None, *tensors, *rest)
+    function = backends.way(_run_backward, _backward, (*given, initial_state, cu_seqlens, checkpoints))
+    gradients = function(*given, *rest)
     present = (*(t is not None for t in tensors), initial_state is not None)
     *gradients, dinitial = [g if there else None for g, there in zip(gradients, present, strict=True)]
     return (*gradients, None, None, None, dinitial, *[None] * 5)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_differentiable = backends.differentiable(_run, _setup_context, _autograd)

@@ -1,0 +1,60 @@
+"""The ways in which an op's computation is called give the same, and each is taken where it must be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.__main__ import gradients
+from benchmarks.cases import CPU_CASES, Case
+from mambalm.ops import backends, selective_scan
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.op)
+def test_the_registered_op_gives_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case.shrunk()
+    arguments = case.arguments(torch.device("cpu"), torch.float32)
+    direct = gradients(case, arguments, "portable")
+    monkeypatch.setattr(backends, "is_plain", lambda *_: False)
+    registered = gradients(case, arguments, "portable")
+    assert direct.keys() == registered.keys()
+    assert all(torch.equal(direct[name], registered[name]) for name in direct)
+
+
+def test_each_way_is_taken() -> None:
+    def way(*tensors: Tensor | None) -> str:
+        found = backends.way(lambda: "run", lambda: "op", tensors, lambda: "with gradient")
+        return found()
+
+    plain, wanted = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert way(plain, None) == way(torch.nn.Parameter(plain, requires_grad=False)) == "run"
+    assert way(plain, wanted) == "with gradient"
+    assert way(plain, torch.ones(2, device="meta")) == "op"
+    assert backends.way(way, print, (wanted,)) is print
+    with torch.no_grad():
+        assert way(wanted) == "run"
+    ways: list[str] = []
+    torch.func.vmap(lambda t: (ways.append(way(t)), t)[1])(plain)
+    torch.compile(lambda t: (ways.append(way(t)), t)[1], backend="eager")(plain)
+    assert ways == ["op", "op"]
+
+
+def scan(u: Tensor) -> Tensor:
+    B = torch.linspace(-1, 1, 15).view(1, 5, 3)
+    y = selective_scan(u, u.abs(), -torch.ones(4, 3), B, B)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def test_a_second_derivative_is_refused() -> None:
+    u = torch.randn(1, 5, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(scan(u).square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        gradient.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+def test_vmap() -> None:
+    u = torch.randn(3, 1, 5, 4)
+    assert torch.equal(torch.func.vmap(scan)(u), torch.stack([scan(row) for row in u]))
