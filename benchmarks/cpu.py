@@ -77,20 +77,14 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     found |= {f"transformers {kind}": [*here, "transformers", str(folder), kind, threads] for kind in options.stock}
     if options.llama:
         whole = folder / "F32.gguf"
-        subprocess.run([options.llama, LLAMA, "export", folder, whole], check=True, stdout=subprocess.DEVNULL)
+        llama = [options.llama, "-P", str(LLAMA)]  # without this folder on its path, which has a tokenize.py
+        subprocess.run([*llama, "export", folder, whole], check=True, stdout=subprocess.DEVNULL)
         for kind in options.formats:
             file = folder / f"{kind}.gguf"
             if kind != "F32":
-                command = [options.llama, LLAMA, "quantize", whole, kind, file]
+                command = [*llama, "quantize", whole, kind, file]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            found[f"llama.cpp {kind}"] = [
-                options.llama,
-                str(LLAMA),
-                "serve",
-                str(file),
-                threads,
-                *["plain"] * options.plain,
-            ]
+            found[f"llama.cpp {kind}"] = [*llama, "serve", str(file), threads, *["plain"] * options.plain]
     return found
 
 

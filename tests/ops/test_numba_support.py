@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from numba import njit
 
 from mambalm.ops import numba_support as support
+from mambalm.ops import selective_scan
 
 
 @njit
@@ -88,14 +92,23 @@ def _fill(first: int, last: int, out: np.ndarray) -> None:
     out[first:last] += 1
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def _child(queue: multiprocessing.Queue[int]) -> None:
+    torch.set_num_threads(2)
     out = np.zeros(64)
     support.parallel(_fill, 64, 1 << 30, (out,))
     queue.put(int(out.sum()))
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_every_job_runs_once_here_and_in_a_child() -> None:
-    torch.set_num_threads(max(2, torch.get_num_threads()))
     out = np.zeros(64)
     support.parallel(_fill, 64, 1 << 30, (out,))
     assert (out == 1).all()
@@ -107,9 +120,54 @@ def test_every_job_runs_once_here_and_in_a_child() -> None:
     child.join()
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_an_error_in_a_thread_reaches_the_caller() -> None:
     def fail(first: int, last: int) -> None:
         raise RuntimeError(f"job {first}")
 
     with pytest.raises(RuntimeError, match="job"):
         support.parallel(fail, 8, 1 << 30, ())
+
+
+def _scan(seed: int) -> list[torch.Tensor]:
+    """A scan's output and gradients, of a size that is shared between threads."""
+    torch.manual_seed(seed)
+    u, delta = (torch.randn(1, 40, 300, requires_grad=True) for _ in range(2))
+    B, C = (torch.randn(1, 40, 16, requires_grad=True) for _ in range(2))
+    y = selective_scan(u, delta, -torch.rand(300, 16), B, C, delta_softplus=True, backend="cpu")
+    return [y.detach(), *torch.autograd.grad(y.sum(), (u, delta, B, C))]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_callers_at_once_get_what_each_gets_alone() -> None:
+    alone = [_scan(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(_scan, range(4)))
+    for one, other in zip(alone, together, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
+@pytest.mark.usefixtures("two_threads")
+def test_a_child_forked_after_a_parallel_region_makes_threads_of_its_own() -> None:
+    support.parallel(_fill, 64, 1 << 30, (np.zeros(64),))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue,), daemon=True)
+    child.start()
+    assert queue.get(timeout=60) == 64
+    child.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's wheels for Linux bring libgomp")
+def test_kernels_run_on_torch_s_own_threads() -> None:
+    assert support._openmp() is not None
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_without_openmp_a_pool_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _scan(0)
+    monkeypatch.setattr(support, "_openmp", lambda: None)
+    assert all(map(torch.equal, _scan(0), expected))
+    with pytest.raises(ZeroDivisionError):
+        support.parallel(lambda *_: 1 // 0, 8, 1 << 30, ())

@@ -4,10 +4,14 @@ Errors, relative, against float64 over the whole range of float32 arguments that
 softplus 4e-7, sigmoid 4e-7 (measured by tests/ops/test_numba_support.py).
 """
 
+import ctypes
+import functools
 import itertools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -188,7 +192,24 @@ def memory(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+# GOMP_parallel(function, data, threads, flags): function(data) on each thread of a team.
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None
+
+
+_home = os.getpid()
+
+
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """How torch's own OpenMP runtime, whichever it is linked with, starts a parallel region; None if it has no such."""
+    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        start: Any = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    start.argtypes, start.restype = (_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return start
 
 
 def workers(count: int) -> ThreadPoolExecutor:
@@ -197,6 +218,33 @@ def workers(count: int) -> ThreadPoolExecutor:
     if _pool is None or _pool[0] != os.getpid() or _pool[1] < count:
         _pool = (os.getpid(), count, ThreadPoolExecutor(count, thread_name_prefix="mambalm"))
     return _pool[2]
+
+
+def _on_threads(threads: int, work: Callable[[], None]) -> None:
+    """``work`` on so many threads at once, the caller's among them; the first error of any is raised here.
+
+    They are torch's own: behind a matrix product those spin for some milliseconds, and other threads would have to
+    share the cores with them (docs/decisions/2026-11-27-cpu-prefill.md). A child that was forked has none of them, and
+    OpenMP would wait for them for ever: it makes threads of its own.
+    """
+    start = _openmp()
+    if start is None or os.getpid() != _home:
+        others = [workers(threads - 1).submit(work) for _ in range(threads - 1)]
+        work()
+        for other in others:
+            other.result()
+        return
+    errors: list[BaseException] = []
+
+    def region(_: object) -> None:
+        try:
+            work()
+        except BaseException as error:  # through OpenMP's frames none can pass
+            errors.append(error)
+
+    start(_REGION(region), None, threads, 0)
+    if errors:
+        raise errors[0]
 
 
 def parallel(run: Callable[..., Any], jobs: int, work: int, arguments: Sequence[Any]) -> None:
@@ -217,7 +265,4 @@ def parallel(run: Callable[..., Any], jobs: int, work: int, arguments: Sequence[
         for first, last in ranges:
             run(first, last, *arguments)
 
-    others = [workers(threads - 1).submit(drain) for _ in range(threads - 1)]
-    drain()
-    for other in others:
-        other.result()
+    _on_threads(threads, drain)
