@@ -74,6 +74,22 @@ def test_generation_resumes_from_a_state(name: str, arguments: dict[str, Any]) -
         assert torch.equal(greedy(model, ids[:, 7:], cache_params=cache), expected)
 
 
+def test_the_cache_has_both_of_its_names() -> None:
+    """transformers says `cache` from 5.24 on, and said `cache_params` before."""
+    model, ids = FAMILIES["mamba"].model(), tokens(2, 5)
+    state = model(ids[:, :3], cache=model.init_state(2)).cache
+    assert isinstance(state, mambalm.State)
+    for call in (model, model.backbone):
+        output = call(ids[:, 3:], cache=state)
+        assert output["cache"] is output["cache_params"] is output.cache_params
+        assert "cache" in output
+        assert "cache_params" in output
+        assert torch.equal(output[0], call(ids[:, 3:], cache_params=state)[0])
+        with pytest.raises(ValueError, match="give one of cache_params and cache"):
+            call(ids, cache=state, cache_params=state)
+    assert torch.equal(greedy(model, ids[:, 3:], cache=state), greedy(model, ids))
+
+
 @families
 def test_generation_without_a_cache_and_by_sampling(name: str) -> None:
     model, ids = FAMILIES[name].model(), tokens(2, 7)

@@ -29,6 +29,17 @@ def one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -
     return inputs_embeds if input_ids is None else input_ids  # type: ignore[return-value]
 
 
+def one_cache(cache_params: Any, cache: Any) -> Any:
+    """The one of the two that is given, or None: `cache` is what transformers calls `cache_params` from 5.24 on.
+
+    Raises:
+        ValueError: both are.
+    """
+    if cache_params is not None and cache is not None:
+        raise ValueError("give one of cache_params and cache, which are two names of the same")
+    return cache if cache_params is None else cache_params
+
+
 def refuse_unused(unused: dict[str, Any]) -> None:
     """Refuse arguments that nothing would be done with.
 

@@ -5,7 +5,6 @@ A family adds its config class and the layer that it puts into a block; everythi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,48 +12,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
 
 from mambalm.layers import Attention, Block, GatedMLP, Mamba, Mamba2, RMSNorm
 from mambalm.layers.block import add_and_normalise
 from mambalm.layers.state import State
-from mambalm.models.arguments import full_precision, kept_positions, one_of, refuse_unused
+from mambalm.models.arguments import full_precision, kept_positions, one_cache, one_of, refuse_unused
 from mambalm.models.cache import StateCache, is_recurrent, new_cache, read_cache, write_cache
+from mambalm.models.outputs import BackboneOutput, CausalLMOutput, cache_name
 from mambalm.models.padding import Packing, find_packing
 from mambalm.models.quantized import plain_step_projections, require_intact_weights, with_default_skips
 from mambalm.ops import linear_cross_entropy
 
 IGNORE_INDEX = -100
-
-
-@dataclass
-class BackboneOutput(ModelOutput):
-    """What a backbone returns.
-
-    Attributes:
-        last_hidden_state: (b, l, d), after the final norm; zero at padding.
-        cache_params: the new `State` if one was given, else the cache; None without `use_cache`.
-        hidden_states: on request, the residual stream after each block, then `last_hidden_state`.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    cache_params: State | Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class CausalLMOutput(ModelOutput):
-    """What a language model returns; see `BackboneOutput` for the last two.
-
-    Attributes:
-        loss: mean cross-entropy of the next token, when labels are given.
-        logits: (b, l, v) float32, or fewer positions with `logits_to_keep`; None with `skip_logits`.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    cache_params: State | Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class MambaBlock(GradientCheckpointingLayer, Block):
@@ -152,6 +121,7 @@ class MambalmModel(MambalmPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         packing: Packing | None = None,
+        cache: State | Cache | None = None,
         **unused: Any,
     ) -> tuple[Any, ...] | BackboneOutput:
         """Read tokens on from a state.
@@ -166,12 +136,14 @@ class MambalmModel(MambalmPreTrainedModel):
             position_ids: (b, l), read only for where documents begin; see `find_packing`.
             cu_seqlens: (s+1), offsets of documents packed into one row; the state then has s rows.
             packing: where the documents are, for a caller that knows; the three before are not read then.
+            cache: transformers' name for `cache_params` from 5.24 on.
 
         Raises:
             TypeError: an argument that has no meaning here.
             ValueError: shapes that do not fit; the message names the tensor.
         """
         refuse_unused(unused)
+        cache_params = one_cache(cache_params, cache)
         tokens = one_of(input_ids, inputs_embeds)
         shape = (tokens.shape[0], tokens.shape[1])
         if packing is None:
@@ -185,7 +157,7 @@ class MambalmModel(MambalmPreTrainedModel):
         state = self._state(cache_params, shape[0] if packing is None else len(packing.cu_seqlens) - 1)
         tokens = tokens if packing is None else packing.gather(tokens)
         x, new_state, streams = self._run(tokens, state, packing, cache_params is not None, output_hidden_states)
-        cache: State | Cache | None = new_state
+        cache = new_state
         if isinstance(cache_params, Cache) and new_state is not None:
             write_cache(cache_params, new_state)
             cache = cache_params
@@ -193,7 +165,7 @@ class MambalmModel(MambalmPreTrainedModel):
         hidden = None if streams is None else (*streams, x)
         if not (self.config.return_dict if return_dict is None else return_dict):
             return tuple(value for value in (x, cache, hidden) if value is not None)
-        return BackboneOutput(last_hidden_state=x, cache_params=cache, hidden_states=hidden)
+        return BackboneOutput(last_hidden_state=x, cache=cache, hidden_states=hidden)
 
     def _state(self, given: State | Cache | None, rows: int) -> State | None:
         """The state to read on from, checked against the number of rows (of packed documents)."""
@@ -281,6 +253,7 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
         skip_logits: bool = False,
         targets: torch.Tensor | None = None,
         z_loss: float = 0.0,
+        cache: State | Cache | None = None,
         **unused: Any,
     ) -> tuple[Any, ...] | CausalLMOutput:
         """Logits of the next tokens; see `MambalmModel.forward` for the arguments that are not listed.
@@ -304,7 +277,7 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
         outputs = self.backbone(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            cache_params=cache_params,
+            cache_params=one_cache(cache_params, cache),
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -323,11 +296,9 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
         elif labels is not None:
             loss = self._loss(*_shifted(hidden, labels, packing), num_items_in_batch, z_loss)
         if not (self.config.return_dict if return_dict is None else return_dict):
-            rest = (outputs.cache_params, outputs.hidden_states)
+            rest = (outputs.cache, outputs.hidden_states)
             return tuple(value for value in (loss, logits, *rest) if value is not None)
-        return CausalLMOutput(
-            loss=loss, logits=logits, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
-        )
+        return CausalLMOutput(loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states)
 
     def _loss(
         self,
@@ -362,13 +333,16 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         # `generate` keeps one cache object and reorders it in place, which a State, being a value, is not for.
-        cache = model_kwargs.get("cache_params")
+        cache = one_cache(model_kwargs.pop("cache_params", None), model_kwargs.pop("cache", None))
         if isinstance(cache, State):
-            model_kwargs["cache_params"] = StateCache(cache)
-            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["cache_params"].batch_repeat_interleave(copies)
+            cache = StateCache(cache)
+            cache.batch_repeat_interleave(
+                max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            )
         elif cache is None and generation_config.use_cache is not False and not is_recurrent(self.config):
-            model_kwargs["cache_params"] = StateCache()
+            cache = StateCache()
+        if cache is not None:
+            model_kwargs[cache_name()] = cache
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -158,7 +158,8 @@ class _TransformersRun(Run):
     def __init__(self, subject: Subject, batch: int) -> None:
         super().__init__(subject, batch)
         arguments = inspect.signature(subject.model.forward).parameters
-        self._name = "cache_params" if "cache_params" in arguments else "past_key_values"
+        # One name from transformers 5.24 on, before it one for recurrent models and one for the others.
+        self._name = next(name for name in ("cache", "cache_params", "past_key_values") if name in arguments)
         self._cache: Any = None
         self._logits: Tensor | None = None
 
