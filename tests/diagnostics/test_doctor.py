@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mambalm.diagnostics import doctor
+from mambalm.ops import linear
 from mambalm.ops.backends import OPS
 
 
@@ -41,6 +42,13 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
         ("portable", None, True),
         ("reference", None, False),
     ]
+
+
+def test_products_name_the_way_taken_and_what_was_measured() -> None:
+    for dtype, text in doctor.products():
+        way = linear.chosen(getattr(torch, dtype))
+        assert text.startswith(f"{way} (")
+        assert all(name in text for name in linear.measured(getattr(torch, dtype)))
 
 
 def test_the_compiler_and_what_needs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

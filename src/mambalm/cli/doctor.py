@@ -9,7 +9,7 @@ from mambalm.diagnostics import doctor as diagnosis
 
 
 def doctor() -> None:
-    """Print versions, devices, the C compiler, and for each op which backend runs and why not the others."""
+    """Print versions, devices, the C compiler, how the CPU multiplies, and which backend each op runs on and why."""
     console = Console()
     table = Table("package", "version", title="Versions")
     for package, version in diagnosis.versions().items():
@@ -19,6 +19,10 @@ def doctor() -> None:
     for device, description in diagnosis.devices().items():
         table.add_row(str(device), description)
     table.add_row("C compiler", diagnosis.compiler())
+    console.print(table)
+    table = Table("dtype", "multiplied by", title="Matrix products on the CPU, chosen by measurement")
+    for row in diagnosis.products():
+        table.add_row(*row)
     console.print(table)
     table = Table("op", "device", "backend", "runs?", title="Backends for float32: the first that can run is chosen")
     for backend in diagnosis.backends():

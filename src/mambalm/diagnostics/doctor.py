@@ -1,4 +1,4 @@
-"""What this machine has, and which backend each op would run on, with the reason against the others."""
+"""What this machine has, how its CPU multiplies, which backend each op would run on and why none of the others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mambalm import ops
+from mambalm.ops import linear
 from mambalm.ops.backends import OPS
 
 CORE = ("mambalm", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "numba")
@@ -63,6 +64,14 @@ def compiler() -> str:
     if not header.exists():
         return f"{path}, but {header} is missing. {NEEDS_COMPILER}"
     return f"{path}, with Python's headers"
+
+
+def products() -> Iterator[tuple[str, str]]:
+    """For each dtype in which a CPU's matrix products have a choice, what was chosen and by which measurement."""
+    for dtype in (torch.float32, torch.bfloat16):
+        if way := linear.chosen(dtype):
+            times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in linear.measured(dtype).items())
+            yield str(dtype).removeprefix("torch."), f"{way} (a product of {linear.MEASURED}: {times})"
 
 
 def backends() -> Iterator[Backend]:

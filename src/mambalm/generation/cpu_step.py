@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mambalm.layers.mamba import Mamba, StepProjection, full_precision
+from mambalm.layers.mamba import PLAIN_PROJECTIONS, Mamba, full_precision
 from mambalm.layers.mamba2 import Mamba2
 from mambalm.layers.norm import RMSNorm
 from mambalm.layers.state import MambaState, State
@@ -128,7 +128,7 @@ class _Plan:
 
         if type(module) is QuantizedLinear and not hooked(module):
             self.add(*products.packed(module.packed, module.bias, x, y, added=added))
-        elif type(module) in (nn.Linear, StepProjection) and not hooked(module) and not products.refuses(module.weight):
+        elif type(module) in PLAIN_PROJECTIONS and not hooked(module) and not products.refuses(module.weight):
             # The step projection leaves this to the scan.
             bias = None if getattr(module, "scan_bias", None) is not None else module.bias
             self.add(*products.plain(module.weight, bias, x, y, added=added))

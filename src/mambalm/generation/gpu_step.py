@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mambalm.generation.cpu_step import hooked
-from mambalm.layers.mamba import Mamba, StepProjection, full_precision
+from mambalm.layers.mamba import PLAIN_PROJECTIONS, Mamba, full_precision
 from mambalm.layers.norm import RMSNorm
 from mambalm.ops import backends
 
@@ -52,7 +52,7 @@ def _block_refusal(block: Any, device: torch.device, dtype: torch.dtype) -> str 
     if type(mixer) is not Mamba or block.mlp is not None or type(block.norm) is not RMSNorm:
         return f"a layer is more than a norm and a Mamba layer: {type(mixer).__name__}"
     projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-    if any(type(module) not in (nn.Linear, StepProjection) for module in projections):
+    if any(type(module) not in PLAIN_PROJECTIONS for module in projections):
         return "a projection is adapted or quantised"
     if any(map(hooked, (block, mixer, mixer.conv1d, block.norm, *projections))):
         return "a module has hooks"

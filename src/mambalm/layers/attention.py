@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mambalm.layers.convolution import CausalConv1d
 from mambalm.layers.initialization import reset_projection, residual_scale
+from mambalm.layers.linear import Linear
 from mambalm.layers.state import AttentionState, expect
 
 # mamba_ssm rounds the in-layer MLP's two widths together up to a multiple of this.
@@ -96,10 +97,10 @@ class Attention(nn.Module):
         self.mlp_dim = -(-mlp_dim // _MLP_MULTIPLE) * _MLP_MULTIPLE
         self.qkv_dim = self.head_dim * (num_heads + 2 * self.num_heads_kv)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_proj = nn.Linear(embed_dim, self.qkv_dim + self.mlp_dim, bias=qkv_proj_bias, **where)
+        self.in_proj = Linear(embed_dim, self.qkv_dim + self.mlp_dim, bias=qkv_proj_bias, **where)
         self.conv1d = CausalConv1d(self.qkv_dim, d_conv, backend=backend, **where) if d_conv else None
         out_dim = self.head_dim * num_heads + self.mlp_dim // 2
-        self.out_proj = nn.Linear(out_dim, embed_dim, bias=out_proj_bias, **where)
+        self.out_proj = Linear(out_dim, embed_dim, bias=out_proj_bias, **where)
         self.reset_parameters()
 
     def _check_sizes(self, head_dim: int | None) -> None:

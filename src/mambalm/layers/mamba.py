@@ -6,7 +6,6 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,14 +18,16 @@ from mambalm.layers.initialization import (
     step_bias,
     uniform,
 )
+from mambalm.layers.linear import Linear
 from mambalm.layers.recomputation import Recomputation, is_wanted
 from mambalm.layers.state import MambaState
 from mambalm.ops import rms_norm, selective_scan
+from mambalm.ops.linear import linear
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
-class StepProjection(nn.Linear):
+class StepProjection(Linear):
     """``dt_proj``: leaves its bias to the scan, which adds it in float32, unless the bias is half precision anyway.
 
     Called alone it returns its output less ``scan_bias``.
@@ -43,8 +44,12 @@ class StepProjection(nn.Linear):
         """(..., dt_rank) -> (..., d), in x's dtype: float32 weights may meet bfloat16 activations under FSDP2."""
         # As rows: of a slice with more axes torch would add the bias in a pass of its own.
         rows = x.reshape(-1, x.shape[-1])
-        y = super().forward(rows) if self.scan_bias is None else F.linear(rows, self.weight.to(x.dtype))
+        y = super().forward(rows) if self.scan_bias is None else linear(rows, self.weight.to(x.dtype))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+# A projection of these types is its weight and bias, nothing else.
+PLAIN_PROJECTIONS = (nn.Linear, Linear, StepProjection)
 
 
 def full_precision(parameter: Tensor) -> Tensor:
@@ -113,13 +118,13 @@ class Mamba(nn.Module):
         self.backend = backend
         self.layer_idx = layer_idx
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **where)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias, **where)
         self.conv1d = CausalConv1d(self.d_inner, d_conv, bias=conv_bias, activation="silu", backend=backend, **where)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **where)
+        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **where)
         self.dt_proj = StepProjection(self.dt_rank, self.d_inner, bias=True, **where)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **where))
         self.D = nn.Parameter(torch.empty(self.d_inner, **where))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **where)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias, **where)
         self.reset_parameters()
 
     def reset_parameters(self, residual_branches: int = 1) -> None:

@@ -19,6 +19,7 @@ from mambalm.layers.initialization import (
     uniform,
     uniform_log,
 )
+from mambalm.layers.linear import Linear
 from mambalm.layers.mamba import full_precision
 from mambalm.layers.norm import RMSNorm
 from mambalm.layers.recomputation import Recomputation, is_wanted
@@ -104,7 +105,7 @@ class Mamba2(nn.Module):
         d_conv_channels, d_mlp = self.d_ssm + 2 * d_bc, self.d_inner - self.d_ssm
         self._split = [d_mlp, d_mlp, self.d_ssm, d_conv_channels, self.nheads]
         self._split_conv = [self.d_ssm, d_bc, d_bc]
-        self.in_proj = nn.Linear(d_model, sum(self._split), bias=bias, **where)
+        self.in_proj = Linear(d_model, sum(self._split), bias=bias, **where)
         self.conv1d = CausalConv1d(d_conv_channels, d_conv, bias=conv_bias, activation="silu", backend=backend, **where)
         self.dt_bias = nn.Parameter(torch.empty(self.nheads, **where))
         self.A_log = nn.Parameter(torch.empty(self.nheads, **where))
@@ -114,7 +115,7 @@ class Mamba2(nn.Module):
             if rmsnorm
             else None
         )
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **where)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias, **where)
         self.reset_parameters()
 
     def _check_sizes(self, norm_before_gate: bool) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambalm.layers.initialization import reset_projection, residual_scale
+from mambalm.layers.linear import Linear
 
 
 class GatedMLP(nn.Module):
@@ -34,8 +35,8 @@ class GatedMLP(nn.Module):
         super().__init__()
         hidden = int(8 * in_features / 3) if hidden_features is None else hidden_features
         hidden = -(-hidden // multiple_of) * multiple_of
-        self.fc1 = nn.Linear(in_features, 2 * hidden, bias=bias, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, out_features or in_features, bias=bias, device=device, dtype=dtype)
+        self.fc1 = Linear(in_features, 2 * hidden, bias=bias, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden, out_features or in_features, bias=bias, device=device, dtype=dtype)
 
     def reset_parameters(self, residual_branches: int = 1) -> None:
         """Draw the projections as torch does, fc2 divided by sqrt(residual_branches)."""

@@ -20,7 +20,7 @@ from mambalm.models.arguments import full_precision, kept_positions, one_cache, 
 from mambalm.models.cache import StateCache, is_recurrent, new_cache, read_cache, write_cache
 from mambalm.models.outputs import BackboneOutput, CausalLMOutput, cache_name
 from mambalm.models.padding import Packing, find_packing
-from mambalm.models.quantized import plain_step_projections, require_intact_weights, with_default_skips
+from mambalm.models.quantized import plain_projections, require_intact_weights, with_default_skips
 from mambalm.ops import linear_cross_entropy
 
 IGNORE_INDEX = -100
@@ -92,7 +92,7 @@ class MambalmModel(MambalmPreTrainedModel):
         self.layers = nn.ModuleList(self.make_block(config, index) for index in range(config.num_hidden_layers))
         self.norm_f: RMSNorm | nn.LayerNorm = self.make_norm(config)
         self.gradient_checkpointing = False
-        plain_step_projections(self)
+        plain_projections(self)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from mambalm.layers.linear import Linear
 from mambalm.layers.mamba import Mamba, StepProjection
 from mambalm.quantization.linear import QuantizedLinear
 
@@ -51,14 +52,17 @@ def require_intact_weights(model: nn.Module) -> None:
             )
 
 
-def plain_step_projections(model: nn.Module) -> None:
-    """Make every dt_proj a plain Linear if the config's quantisation covers it: quantisers replace only those.
+def plain_projections(model: nn.Module) -> None:
+    """Make a model's projections ``nn.Linear`` itself if its config has a quantisation: quantisers replace only those.
 
-    So checkpoints that stock transformers quantised whole, dt_proj included, load.
+    dt_proj only if the quantisation covers it, so that checkpoints which stock transformers quantised whole load.
     """
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]
     values = config if isinstance(config, dict) else vars(config)
     skipped = [name for key in _SKIP_LISTS for name in values.get(key) or ()]
     if any("dt_proj" in name for name in skipped):

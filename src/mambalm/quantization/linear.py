@@ -6,10 +6,10 @@ import functools
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambalm.ops.backends import is_plain, needs_grad
+from mambalm.ops.linear import linear
 from mambalm.quantization.layout import Packed
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class QuantizedLinear(nn.Module):
         if not plain or rows > _FEW or x.dtype == torch.float64:
             fast = plain and x.dtype in (torch.float32, torch.bfloat16)
             weight = products.unpack(self.packed, x.dtype) if fast else self.packed.unpack(x.dtype)
-            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+            return linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         inputs = x.reshape(rows, self.in_features).float().contiguous()
         y = torch.empty(rows, self.out_features)
         jobs = [

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mambalm.ops.backends import Call, accumulation_dtype
+from mambalm.ops.linear import linear
 
 
 def supports(call: Call) -> str | None:
@@ -48,4 +49,4 @@ class Chunks:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b, in float32 from half-precision factors."""
-    return a @ b if a.dtype == accumulation_dtype(a.dtype) else torch.mm(a, b, out_dtype=torch.float32)
+    return linear(a, b.T) if a.dtype == accumulation_dtype(a.dtype) else torch.mm(a, b, out_dtype=torch.float32)

@@ -1,0 +1,117 @@
+"""The product of a Linear on a CPU, by whichever of torch's ways is the fast one on this processor.
+
+torch multiplies float32 matrices by a BLAS such as MKL, which does not use all that some processors have; oneDNN, which
+torch brings as well, does (AVX-512 on AMD: 2.3 times as fast). It multiplies bfloat16 matrices by oneDNN, which is slow
+where the processor has no instructions for them. One measurement per process and dtype decides between two ways. The
+first is taken unless the other is far ahead: the choice must not vary from run to run, since rounding does with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambalm.ops.backends import differentiable, is_plain, needs_grad
+
+# How much faster the second way must be, what is multiplied to see it, and how often.
+_FAR_AHEAD = 1.5
+_ROWS, _INPUTS, _OUTPUTS = 128, 512, 512
+_REPEATS = 5
+MEASURED = f"{_ROWS} x {_INPUTS} by {_INPUTS} x {_OUTPUTS}"
+
+Way = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., k), weight (n, k), bias (n) -> x weightᵀ + bias (..., n), in x's dtype, differentiable.
+
+    As ``torch.nn.functional.linear``, which it calls wherever there is no choice to make: on other devices, in other
+    dtypes, under autocast, for what torch traces, and for gradients in bfloat16.
+    """
+    if x.device.type != "cpu" or not _has_choice(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if needs_grad(x, weight, bias):
+        return _differentiable(x, weight, bias) if x.dtype == torch.float32 else F.linear(x, weight, bias)
+    return _run(x, weight, bias)
+
+
+def _has_choice(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if not is_plain(x, weight, bias) or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype == weight.dtype and x.numel() > 0 and bool(_ways(x.dtype))
+
+
+@functools.cache
+def _ways(dtype: torch.dtype) -> dict[str, Way]:
+    """The ways to multiply in a dtype, by what ``mambalm doctor`` calls them."""
+    if dtype == torch.float32:
+        return {"oneDNN": _onednn, "BLAS": F.linear} if _has_onednn() else {}
+    if dtype == torch.bfloat16:
+        return {"bfloat16": _onednn if _has_onednn() else F.linear, "float32": _in_float32}
+    return {}
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+@functools.cache
+def measured(dtype: torch.dtype) -> dict[str, float]:
+    """Milliseconds that each way takes for a small product, the best of a few; empty where there is no choice."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, _INPUTS, generator=generator).to(dtype) for n in (_ROWS, _OUTPUTS))
+    return {name: _best(lambda way=way: way(x, weight, None)) for name, way in _ways(dtype).items()}  # type: ignore[misc]
+
+
+@torch.no_grad()
+def _best(call: Callable[[], object]) -> float:
+    call()
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return min(times)
+
+
+@functools.cache
+def chosen(dtype: torch.dtype) -> str:
+    """The name of the way that products in ``dtype`` take on this CPU; "" where there is no choice."""
+    if not _ways(dtype):
+        return ""
+    (first, its_time), (second, other_time) = measured(dtype).items()
+    return second if _FAR_AHEAD * other_time < its_time else first
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _ways(x.dtype)[chosen(x.dtype)](x, weight, bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = linear(dy, weight.T) if wants_x else None
+    dweight = linear(rows.T, x.reshape(-1, x.shape[-1]).T) if wants_weight else None
+    return dx, dweight, rows.sum(0) if wants_bias else None
+
+
+_differentiable = differentiable(_run, _setup_context, _backward)
