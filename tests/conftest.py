@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import tomllib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,29 +24,66 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-OPTIONAL = ("bitsandbytes", "hypothesis", "peft", "torchao", "triton")
+ROOT = Path(__file__).parents[1]
+# Where a package is imported by another name than it is installed by.
+IMPORTED_AS = {"pyyaml": "yaml"}
 
 
 class Module(pytest.Module):
-    """A test module that is skipped, by name, when a package of an extra is not installed."""
+    """A test module that is skipped, by name, when a package that it imports, or mambalm for it, is not installed."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
-        wanted = {name.partition(".")[0] for name in _imports(self.path)}
-        if missing := [name for name in OPTIONAL if name in wanted and find_spec(name) is None]:
+        if missing := sorted(_imports(self.path) & _missing()):
             pytest.skip(f"needs {', '.join(missing)}: pip install 'mambalm[dev]'")
         return super().collect()
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports at its top, those of the tests' own modules included."""
-    for node in ast.parse(path.read_text()).body:
+@cache
+def _missing() -> set[str]:
+    """What pyproject.toml names, in any extra, and is not installed: any other import that fails is a mistake."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    names = {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in declared}
+    modules = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
+    return {module for module in modules if find_spec(module) is None}
+
+
+def _imports(path: Path) -> set[str]:
+    """The packages that a file imports at its top, and those that the repository's own modules among them import."""
+    packages: set[str] = set()
+    files, seen = [path], {path}
+    while files:
+        named, own = _read(files.pop())
+        packages |= named
+        files += own - seen
+        seen |= own
+    return packages
+
+
+@cache
+def _read(path: Path) -> tuple[set[str], set[Path]]:
+    """The packages that the statements at the top of a file import, and the repository's own files among them."""
+    modules: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            helper = (Path(__file__).parents[1] / node.module.replace(".", "/")).with_suffix(".py")
-            if node.module.startswith("tests.") and helper.exists():
-                yield from _imports(helper)
+            # `from a import b` may name the module a.b.
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.partition(".")[0] for name in modules}, {file for name in modules for file in _own_files(name)}
+
+
+@cache
+def _own_files(name: str) -> list[Path]:
+    """The file of a module of the repository, and those of the packages around it, which are imported first."""
+    first, *rest = name.split(".")
+    if first not in ("benchmarks", "mambalm", "mambalm_cli", "tests"):
+        return []
+    places = [(ROOT if first in ("benchmarks", "tests") else ROOT / "src") / first]
+    for part in rest:
+        places.append(places[-1] / part)
+    candidates = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
+    return [file for file in candidates if file.is_file()]
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from mambalm.diagnostics.verify import FLOAT32_TOLERANCE as FLOAT32
 from mambalm.diagnostics.verify import HALF_PRECISION_FACTOR, relative_error
+
+if TYPE_CHECKING:
+    from hypothesis import strategies
 
 __all__ = [
     "FLOAT32",
@@ -62,8 +65,11 @@ def gradients(
     return results | {f"d{name}": g for name, g in zip(leaves, found, strict=True)}
 
 
-def splits(length: int) -> st.SearchStrategy[list[int]]:
+def splits(length: int) -> strategies.SearchStrategy[list[int]]:
     """Offsets [0, ..., length] of a split into consecutive pieces; pieces may be empty."""
+    # Tests that need a GPU use this module too, and run where hypothesis may be missing.
+    from hypothesis import strategies as st
+
     inner = st.lists(st.integers(0, length), max_size=6).map(sorted)
     return inner.map(lambda cuts: [0, *cuts, length])
 
