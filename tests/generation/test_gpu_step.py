@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from mambalm.generation import gpu_step, step
+from mambalm.generation import gpu_step, read, step
+from mambalm.generation.owned_state import OwnedState
 from mambalm.ops import triton_steps
 from tests.helpers import FLOAT32, relative_error
-from tests.models.tiny import FAMILIES, tokens
+from tests.models.tiny import ATTENTION, FAMILIES, tokens
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted; test_engine_gpu.py has the real thing")
 
@@ -19,31 +21,39 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted; 
 def steps_agree(
     family: str, batch: int, monkeypatch: pytest.MonkeyPatch, tiles: dict[str, int], **changes: Any
 ) -> None:
+    """Three steps from a state on, whose rows have read different numbers of tokens, beside the model in float64."""
     monkeypatch.setattr(triton_steps, "Tiles", lambda: TILES(**tiles))
     model = FAMILIES[family].model(**changes)
     assert gpu_step.refusal(model) is None
-    ids, state, owned = tokens(batch, 3), model.init_state(batch), model.init_state(batch)
+    exact, owned = copy.deepcopy(model).double(), OwnedState(model, batch, room=7)
     fused = gpu_step.FusedStep(model, owned, [gpu_step.weights(block) for block in model.backbone.layers])
+    prompts = [tokens(1 + row % 3, seed=row) for row in range(batch)]
+    owned.load(read(model, prompts)[1])
+    ids, (_, state) = tokens(batch, 3), read(exact, prompts)
     logits = torch.full((batch, model.config.vocab_size), torch.nan)
     with torch.no_grad():
         for position in range(ids.shape[1]):
-            expected, state = step(model, ids[:, position], state)
+            expected, state = step(exact, ids[:, position], state)
             fused(ids[:, position], logits)
+            owned.longest += 1
             assert relative_error(logits, expected) <= FLOAT32
-    for found, layer in zip(owned.layers, state.layers, strict=True):
-        assert relative_error(found.ssm, layer.ssm) <= FLOAT32
-        assert relative_error(found.conv, layer.conv) <= FLOAT32
-    assert torch.equal(owned.position, state.position)
+    found = owned.value(torch.arange(batch))
+    for own, layer in zip(found.layers, state.layers, strict=True):
+        for name in ("ssm", "conv", "keys", "values"):
+            if (part := getattr(layer, name, None)) is not None:
+                length = getattr(own, name).shape[1]
+                assert relative_error(getattr(own, name), part[:, :length]) <= FLOAT32
+    assert torch.equal(found.position, state.position)
 
 
 TILES = triton_steps.Tiles
 # Small, so that there are several of each, with ragged ends.
 SMALL = {"enter_rows": 4, "leave_rows": 2, "split_rows": 4, "head_rows": 4, "columns": 16, "scan_channels": 16}
-SMALL |= {"batch_channels": 16, "conv_channels": 16}
+SMALL |= {"batch_channels": 16, "conv_channels": 16, "head_cells": 8}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_fused_step_is_the_models(family: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     steps_agree(family, batch, monkeypatch, SMALL)
 
@@ -54,13 +64,51 @@ def test_odd_sizes_and_biases(batch: int, monkeypatch: pytest.MonkeyPatch) -> No
     steps_agree("mamba", batch, monkeypatch, SMALL, **sizes, use_bias=True, use_conv_bias=False)
 
 
-def test_as_it_is_cut_for_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+ODD_HEADS: dict[str, Any] = {"hidden_size": 21, "num_heads": 6, "head_dim": 7, "state_size": 3, "n_groups": 1}
+LIMITED: dict[str, Any] = {"time_step_limit": (0.02, 0.3), "use_bias": True, "use_conv_bias": False, "conv_kernel": 3}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("sizes", [ODD_HEADS, LIMITED, ODD_HEADS | LIMITED])
+def test_odd_heads_groups_and_limits(batch: int, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    steps_agree("mamba2", batch, monkeypatch, SMALL, **sizes)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_hybrids_of_other_kinds(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mamba1 = {"layer": "Mamba1", "d_state": 5}
+    steps_agree("hybrid", batch, monkeypatch, SMALL, ssm_cfg=mamba1, d_intermediate=0, residual_in_fp32=False)
+    plain = {"layer": "Mamba2", "d_state": 4, "headdim": 8, "rmsnorm": False, "D_has_hdim": True, "bias": True}
+    wide = ATTENTION | {"mlp_dim": 20, "qkv_proj_bias": True, "out_proj_bias": True}
+    steps_agree("hybrid", batch, monkeypatch, SMALL, ssm_cfg=plain, attn_cfg=wide, num_hidden_layers=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_it_is_cut_for_an_h200(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for batch in (1, 2):
-        steps_agree("falcon_mamba", batch, monkeypatch, {})
+        steps_agree(family, batch, monkeypatch, {})
+
+
+def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps_agree("hybrid", 64, monkeypatch, {})
+    few_heads = {"num_heads": 2, "head_dim": 32, "n_groups": 2, "num_hidden_layers": 1}
+    steps_agree("mamba2", 64, monkeypatch, {}, **few_heads)
+
+
+def test_columns_follow_the_widths() -> None:
+    tiles = TILES()
+    assert tiles.columns_of({2560, 5120}) == 512
+    assert tiles.columns_of({4096, 8192}) == 1024
+    assert tiles.columns_of({768, 1536}) == 512
+    assert tiles.columns_of({96, 5120}) == 128
 
 
 def test_models_without_a_fused_step_say_why() -> None:
-    assert "more than a norm and a Mamba layer" in str(gpu_step.refusal(FAMILIES["mamba2"].model()))
+    assert gpu_step.refusal(FAMILIES["hybrid"].model(rms_norm=False)) == (
+        "a module has hooks, or the final norm is no RMSNorm"
+    )
+    inside = {"layer": "Mamba2", "d_state": 4, "headdim": 8, "d_ssm": 16}
+    assert gpu_step.refusal(FAMILIES["hybrid"].model(ssm_cfg=inside)) == "a Mamba-2 layer has an MLP inside"
     model: Any = FAMILIES["mamba"].model()
     model.backbone.layers[1].mixer.x_proj.register_forward_hook(lambda *_: None)
     assert gpu_step.refusal(model) == "a module has hooks"

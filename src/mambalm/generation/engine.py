@@ -9,25 +9,30 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambalm.generation import cpu_step, gpu_step
+from mambalm.generation.owned_state import longest
 from mambalm.generation.reading import read, step
 from mambalm.generation.sampling import Choice, Chooser, Plan, Sampling
 from mambalm.generation.steps import Captured, EagerReader, Reader, not_captured
 from mambalm.layers.state import State
+from mambalm.models.cache import is_recurrent
 
 if TYPE_CHECKING:
+    from mambalm.generation.gpu_step import Weights
     from mambalm.models.common import MambalmForCausalLM
-    from mambalm.ops.triton_steps import Weights
 
 __all__ = ["Engine", "Settings", "Token", "decode", "end_tokens", "read", "step"]
 
 # Batches are filled up to one of these sizes, so that there are few graphs, or to a multiple of the last.
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+# Attention layers begin with room for so many tokens at least, and for so many more than the rows have read; when it is
+# used up, the rows move to a graph with twice as much.
+_ROOM, _AHEAD = 1024, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +118,8 @@ class Engine:
         self.model = model
         self._eager_because = not_captured(model)
         self._generic_because = self._eager_because or gpu_step.refusal(model)
-        self._blocks: list[Weights] | None = None
-        self._idle: dict[tuple[int, Plan | None], list[Captured]] = defaultdict(list)
+        self._blocks: list[tuple[Weights, ...]] | None = None
+        self._idle: dict[tuple[int, int, Plan | None], list[Captured]] = defaultdict(list)
         self._pool = torch.cuda.graph_pool_handle() if self._eager_because is None else None
 
     def explain(self) -> str:
@@ -196,19 +201,28 @@ class Engine:
             return cpu_step.CPUStep(self.model, state)
         return EagerReader(self.model, state) if self._eager_because is not None else _CapturedReader(self, state)
 
-    def take(self, rows: int, plan: Plan | None) -> Captured:
-        """A graph for that many rows that is not in use; `give_back` it."""
+    def take(self, rows: int, plan: Plan | None, tokens: int = 0) -> Captured:
+        """A graph for that many rows that is not in use; `give_back` it.
+
+        Args:
+            rows: at least one.
+            plan: how tokens are chosen; None: not at all.
+            tokens: that attention layers hold at its begin, for the row that has read most.
+        """
         size = next((size for size in _SIZES if size >= rows), -(-rows // _SIZES[-1]) * _SIZES[-1])
-        if idle := self._idle[size, plan]:
+        room = 0
+        if not is_recurrent(self.model.config):
+            room = max(_ROOM, 1 << (tokens + _AHEAD - 1).bit_length())
+        if idle := self._idle[size, room, plan]:
             return idle.pop()
         if self._blocks is None and self._generic_because is None:
-            blocks = self.model.backbone.layers
+            blocks: Any = self.model.backbone.layers
             self._blocks = [gpu_step.weights(block) for block in blocks]
-        return Captured(self.model, size, plan, self._blocks, self._pool)
+        return Captured(self.model, size, room, plan, self._blocks, self._pool)
 
     def give_back(self, captured: Captured, plan: Plan | None) -> None:
         """Let others use a graph again."""
-        self._idle[captured.size, plan].append(captured)
+        self._idle[captured.size, captured.owned.room, plan].append(captured)
 
 
 def decode(
@@ -287,7 +301,7 @@ class _CapturedRun:
         self._slots = list(range(len(logits)))
         self._arrivals: deque[_Arrival] = deque()
         choice = chooser(logits)
-        self._captured = engine.take(len(logits), self._plan)
+        self._captured = engine.take(len(logits), self._plan, longest(state))
         self._captured.load(choice.tokens, state, chooser)
         self._send(choice)
 
@@ -320,11 +334,11 @@ class _CapturedRun:
             self._rows, self._slots = rows, [slot_of[row] for row in rows]
 
     def _move(self) -> None:
-        """Take the smallest graph that holds the rows."""
+        """Take the smallest graph that holds the rows, and one with more room where there is none left."""
         before = self._captured
-        if len(self._rows) > before.size // 2:
+        if len(self._rows) > before.size // 2 and not before.owned.is_full:
             return
-        after = self._engine.take(len(self._rows), self._plan)
+        after = self._engine.take(len(self._rows), self._plan, before.owned.longest)
         slots = torch.tensor(self._slots, device=before.tokens.device)
         after.load(before.tokens[slots], before.state(slots), before.chooser(slots))
         self._engine.give_back(before, self._plan)
@@ -345,11 +359,16 @@ class _CapturedReader:
 
     def __init__(self, engine: Engine, state: State) -> None:
         self._rows = state.batch_size
-        self._engine, self._captured = engine, engine.take(self._rows, None)
+        self._engine, self._captured = engine, engine.take(self._rows, None, longest(state))
         self._captured.load(None, state, None)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """See `Reader`."""
+        if self._captured.owned.is_full:
+            before = self._captured
+            self._captured = self._engine.take(self._rows, None, before.owned.longest)
+            self._captured.load(None, before.state(torch.arange(self._rows, device=before.tokens.device)), None)
+            self._engine.give_back(before, None)
         self._captured.tokens[: self._rows].copy_(tokens)
         self._captured.replay()
         return self._captured.logits[: self._rows]

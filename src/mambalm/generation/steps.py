@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mambalm.generation import cpu_step, gpu_step
+from mambalm.generation.owned_state import OwnedState
 from mambalm.generation.reading import step
 from mambalm.generation.sampling import Choice, Chooser, Plan
+from mambalm.layers.attention import Attention
 from mambalm.layers.mamba2 import Mamba2
-from mambalm.layers.state import AttentionState, MambaState, State
+from mambalm.layers.state import State
 from mambalm.ops import backends
 
 if TYPE_CHECKING:
+    from mambalm.generation.gpu_step import Weights
     from mambalm.models.common import MambalmForCausalLM
-    from mambalm.ops.triton_steps import Weights
 
 
 class Reader(Protocol):
@@ -57,8 +58,6 @@ def not_captured(model: MambalmForCausalLM) -> str | None:
     """Why the steps of a model cannot be a graph; None if they can."""
     if model.device.type != "cuda":
         return f"the model is on {model.device.type}"
-    if any(isinstance(layer, AttentionState) for layer in model.init_state(1).layers):
-        return "attention layers keep more with every token"
     devices = getattr(model, "hf_device_map", {}).values()
     if len(set(devices)) > 1 or any(map(cpu_step.hooked, model.modules())):
         return "modules have hooks, or are on several devices"
@@ -68,6 +67,8 @@ def not_captured(model: MambalmForCausalLM) -> str | None:
 
 def _waits(mixer: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a layer's op waits for the host, which a graph cannot; None if it does not."""
+    if isinstance(mixer, Attention):
+        return None
     if isinstance(mixer, Mamba2):
         op, sizes = "ssd", {"h": mixer.nheads, "p": mixer.headdim, "g": mixer.ngroups, "n": mixer.d_state}
     else:
@@ -83,22 +84,14 @@ def _waits(mixer: Any, device: torch.device, dtype: torch.dtype) -> str | None:
 class GenericStep:
     """Any model's forward, on a state that stays where it is; the interface is that of `FusedStep`."""
 
-    def __init__(self, model: MambalmForCausalLM, state: State) -> None:
-        self._model, self._state = model, state
+    def __init__(self, model: MambalmForCausalLM, owned: OwnedState) -> None:
+        self._model, self._owned = model, owned
 
     def __call__(self, tokens: Tensor, logits: Tensor) -> None:
         """Read tokens (b), write the logits (b, v) after them."""
-        after, state = step(self._model, tokens, self._state)
-        torch._foreach_copy_(list(parts(self._state)), list(parts(state)))
+        after, state = step(self._model, tokens, self._owned.state)
+        self._owned.replace(state)
         logits.copy_(after)
-
-
-def parts(state: State) -> Iterable[Tensor]:
-    """The tensors of a state without attention, in a fixed order."""
-    for layer in state.layers:
-        assert isinstance(layer, MambaState), "what grows is not captured"
-        yield from (layer.conv, layer.ssm)
-    yield state.position
 
 
 class Captured:
@@ -109,16 +102,24 @@ class Captured:
         tokens: int64 (size), what the next run reads, and after it what was chosen.
         logits: float32 (size, v), after the tokens read.
         choice: what the latest run chose; None where the plan is None.
+        owned: what the rows have read.
     """
 
     def __init__(
-        self, model: MambalmForCausalLM, size: int, plan: Plan | None, blocks: list[Weights] | None, pool: Any
+        self,
+        model: MambalmForCausalLM,
+        size: int,
+        room: int,
+        plan: Plan | None,
+        blocks: list[tuple[Weights, ...]] | None,
+        pool: Any,
     ) -> None:
         """Compile what the step needs, and capture it.
 
         Args:
             model: one that `not_captured` has nothing against.
             size: rows.
+            room: tokens that attention layers have room for.
             plan: how tokens are chosen; None: not at all.
             blocks: the blocks' weights as the fused kernels take them; None: the model's own forward.
             pool: of the memory that graphs share, since no two of an engine run at once.
@@ -127,21 +128,24 @@ class Captured:
         self.size = size
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self.logits = torch.zeros(size, vocabulary, device=device)
-        self._state = model.init_state(size)
+        self.owned = OwnedState(model, size, room)
         self._chooser = None if plan is None else idle_chooser(plan, size, vocabulary, device)
-        run = GenericStep(model, self._state) if blocks is None else gpu_step.FusedStep(model, self._state, blocks)
+        run = GenericStep(model, self.owned) if blocks is None else gpu_step.FusedStep(model, self.owned, blocks)
         self._run: GenericStep | gpu_step.FusedStep = run
         self.choice: Choice | None = None
-        stream = torch.cuda.Stream(device)
+        self._graph = self._capture(device, pool)
+
+    def _capture(self, device: torch.device, pool: Any) -> torch.cuda.CUDAGraph:
+        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
             # Kernels compile and libraries make their workspaces now: a capture could not contain that.
             for _ in range(2):
                 self._once()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 self._once()
         torch.cuda.current_stream(device).wait_stream(stream)
+        return graph
 
     def _once(self) -> None:
         self._run(self.tokens, self.logits)
@@ -153,8 +157,7 @@ class Captured:
     def load(self, tokens: Tensor | None, state: State, chooser: Chooser | None) -> None:
         """Begin with these rows, at most `size`: what they read next, what they have read, how they choose."""
         rows = state.batch_size
-        for own, given in zip(parts(self._state), parts(state), strict=True):
-            own[:rows].copy_(given)
+        self.owned.load(state)
         if tokens is not None:
             self.tokens[:rows].copy_(tokens)
         if self._chooser is not None and chooser is not None:
@@ -163,12 +166,14 @@ class Captured:
                     own_part[:rows].copy_(given_part)
 
     def replay(self) -> None:
-        """Run once."""
+        """Run once; there must be room for another token."""
+        assert not self.owned.is_full, "the engine moves on to more room in time"
         self._graph.replay()
+        self.owned.longest += 1
 
     def state(self, rows: Tensor) -> State:
         """A copy of what these rows have read."""
-        return self._state.index(rows)
+        return self.owned.value(rows)
 
     def chooser(self, rows: Tensor) -> Chooser:
         """A copy of how these rows choose."""

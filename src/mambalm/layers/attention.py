@@ -133,8 +133,16 @@ class Attention(nn.Module):
 
         The rows of a state may have read different numbers of tokens.
         """
+        y, new_state = self.mix(self.in_proj(x), state, cu_seqlens)
+        y = self.out_proj(y)
+        return (y, new_state) if return_state else y
+
+    def mix(
+        self, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """What is between the projections: of in_proj's output (b, l, ...) out_proj's input and the new state."""
         before = expect(AttentionState, state)
-        qkv, mlp, gate = self.in_proj(x).split([self.qkv_dim, self.mlp_dim // 2, self.mlp_dim // 2], dim=-1)
+        qkv, mlp, gate = x.split([self.qkv_dim, self.mlp_dim // 2, self.mlp_dim // 2], dim=-1)
         conv = None
         if self.conv1d is not None:
             qkv, conv = self.conv1d(qkv, None if before is None else before.conv, cu_seqlens)
@@ -146,8 +154,7 @@ class Attention(nn.Module):
             context = packing.pack(context)
         if self.mlp_dim:
             context = torch.cat([context, mlp * F.silu(gate)], dim=-1)
-        y = self.out_proj(context)
-        return (y, new_state) if return_state else y
+        return context, new_state
 
     def _attend(
         self, qkv: Tensor, before: AttentionState | None, counts: Tensor | None, conv: Tensor | None
@@ -166,8 +173,7 @@ class Attention(nn.Module):
         q, keys = self._rotate(position, q, keys)
         seen = None
         if before is not None:
-            keys = _append(before.keys, keys, position)
-            values = _append(before.values, values, position)
+            keys, values = before.appended(keys, values, position)
             seen = (torch.arange(keys.shape[1], device=qkv.device) <= position[..., None]).unsqueeze(1)
         context = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -208,10 +214,3 @@ class Attention(nn.Module):
         none = torch.zeros(batch_size, 0, self.num_heads_kv, self.head_dim, device=device, dtype=dtype)
         conv = None if self.conv1d is None else self.conv1d.init_state(batch_size, dtype, device)
         return AttentionState(none, none, torch.zeros(batch_size, device=device, dtype=torch.long), conv)
-
-
-def _append(past: Tensor, new: Tensor, position: Tensor) -> Tensor:
-    """Write ``new`` (b, l, h, p) at ``position`` (b, l) of ``past`` (b, m, h, p), lengthened by l."""
-    row = torch.arange(len(new), device=new.device)[:, None]
-    longer = torch.cat([past.to(new.dtype), torch.zeros_like(new)], dim=1)
-    return longer.index_put((row, position), new)

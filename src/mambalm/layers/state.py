@@ -189,9 +189,45 @@ class AttentionState(_Batched):
         longest = max((state.keys.shape[1] for state in states if isinstance(state, cls)), default=0)
         return super().cat([state._padded(longest) if isinstance(state, cls) else state for state in states])
 
+    def appended(self, keys: Tensor, values: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, l longer, with new ones (b, l, heads_kv, head_dim) at their ``position`` (b, l)."""
+        row = torch.arange(len(keys), device=keys.device)[:, None]
+
+        def append(past: Tensor, new: Tensor) -> Tensor:
+            longer = torch.cat([past.to(new.dtype), torch.zeros_like(new)], dim=1)
+            return longer.index_put((row, position), new)
+
+        return append(self.keys, keys), append(self.values, values)
+
     def _padded(self, length: int) -> Self:
         fill = (0, 0, 0, 0, 0, length - self.keys.shape[1])
         return dataclasses.replace(self, keys=F.pad(self.keys, fill), values=F.pad(self.values, fill))
+
+
+class RoomyAttentionState(AttentionState):
+    """One whose keys and values stay where they are, in buffers with room for more: no value, but the engine's own.
+
+    A row that has no room left overwrites its last place: the engine lets none come to that but those that it does not
+    use.
+    """
+
+    def appended(self, keys: Tensor, values: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers, with the new ones written into them."""
+        row = torch.arange(len(keys), device=keys.device)[:, None]
+        at = (row, position.clamp(max=self.keys.shape[1] - 1))
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            buffer.index_put_(at, new.to(buffer.dtype))
+        return self.keys, self.values
+
+    def fill(self, other: AttentionState) -> None:
+        """Let the first rows be what those of another state have read."""
+        rows, length = len(other.lengths), min(other.keys.shape[1], self.keys.shape[1])
+        self.keys[:rows, :length].copy_(other.keys[:, :length])
+        self.values[:rows, :length].copy_(other.values[:, :length])
+
+    def value(self, length: int) -> AttentionState:
+        """The same as a value, of which no row has read more than ``length`` tokens."""
+        return AttentionState(self.keys[:, :length], self.values[:, :length], self.lengths, self.conv)
 
 
 @dataclass(frozen=True, eq=False)

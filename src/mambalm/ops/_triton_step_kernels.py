@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mambalm.ops.ssd._triton_kernels import limited
 from mambalm.ops.triton_support import sigmoid
 
 
@@ -108,7 +109,9 @@ def enter_one(  # type: ignore[no-untyped-def]
     conv_bias,
     conv_state,
     u,
-    z,
+    rest,
+    rows_total,
+    first,
     channels,
     K: tl.constexpr,
     TAPS: tl.constexpr,
@@ -116,20 +119,27 @@ def enter_one(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """The rows [first, first + channels) pass the convolution into u, the others go into rest, one behind the other."""
     _begin(OVERLAP)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    valid = rows < 2 * channels
+    begin = tl.program_id(0) * ROWS
+    rows = begin + tl.arange(0, ROWS)
+    valid = rows < rows_total
     tiles = _fetch(weight, rows, valid, K, BLOCK)
-    inner = rows < channels
-    older, taps, shift = _fetch_taps(rows, inner, inner, rows * 0, conv_state, conv_weight, conv_bias, channels, TAPS)
+    channel = rows - first
+    inner = (channel >= 0) & (channel < channels)
+    older, taps, shift = _fetch_taps(
+        channel, inner, inner, rows * 0, conv_state, conv_weight, conv_bias, channels, TAPS
+    )
     _wait(OVERLAP)
     y = _product(tiles, x, scale, eps, K, BLOCK, ROWS, True)
     if bias is not None:
         y += tl.load(bias + rows, mask=valid, other=0.0).to(tl.float32)
-    if tl.program_id(0) * ROWS < channels:
-        gated = _convolved(y, older, taps, shift, rows, inner, rows * 0, conv_state, channels, TAPS)
-        tl.store(u + rows, gated.to(u.dtype.element_ty), mask=inner)
-    tl.store(z + rows - channels, y.to(z.dtype.element_ty), mask=valid & (rows >= channels))
+    if (begin + ROWS > first) & (begin < first + channels):
+        gated = _convolved(y, older, taps, shift, channel, inner, rows * 0, conv_state, channels, TAPS)
+        tl.store(u + channel, gated.to(u.dtype.element_ty), mask=inner)
+    apart = (channel < 0) | (channel >= channels)
+    at = tl.where(channel < 0, rows, rows - channels)
+    tl.store(rest + at, y.to(rest.dtype.element_ty), mask=valid & apart)
 
 
 @triton.jit
@@ -343,12 +353,14 @@ def normalise(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """A group of K channels of a row; a row has as many groups as there are programs along axis 1."""
     _begin(OVERLAP)
-    row, column = tl.program_id(0), tl.arange(0, WIDTH)
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, WIDTH)
     on = column < K
-    weight = tl.load(scale + column, mask=on, other=0.0).to(tl.float32)
+    weight = tl.load(scale + group * K + column, mask=on, other=0.0).to(tl.float32)
     _wait(OVERLAP)
-    at = row.to(tl.int64) * K + column
+    at = (row * tl.num_programs(1) + group) * K + column
     stream = tl.load(x + at, mask=on, other=0.0).to(tl.float32)
     if branch is not None:
         stream += tl.load(branch + at, mask=on, other=0.0).to(tl.float32)
@@ -369,6 +381,7 @@ def convolve(  # type: ignore[no-untyped-def]
     conv_state,
     u,
     channels,
+    inner_row,
     TAPS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -378,6 +391,69 @@ def convolve(  # type: ignore[no-untyped-def]
     on = channel < channels
     older, taps, shift = _fetch_taps(channel, on, on, row, conv_state, conv_weight, conv_bias, channels, TAPS)
     _wait(OVERLAP)
-    x = tl.load(inner + row.to(tl.int64) * 2 * channels + channel, mask=on, other=0.0).to(tl.float32)
+    x = tl.load(inner + row.to(tl.int64) * inner_row + channel, mask=on, other=0.0).to(tl.float32)
     gated = _convolved(x, older, taps, shift, channel, on, row, conv_state, channels, TAPS)
     tl.store(u + row.to(tl.int64) * channels + channel, gated.to(u.dtype.element_ty), mask=on)
+
+
+@triton.jit
+def heads(  # type: ignore[no-untyped-def]
+    xBC,
+    z,
+    dt,
+    bias,
+    rates,
+    D,
+    state,
+    y,
+    least,
+    most,
+    heads_total,
+    per_group,
+    channels,
+    z_row,
+    N: tl.constexpr,
+    STATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """A step of Mamba-2: BLOCK channels of a head; z and dt are z_row elements apart from row to row."""
+    _begin(OVERLAP)
+    blocks = tl.cdiv(channels, BLOCK)
+    head, row = tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
+    p, n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
+    inside, known = p < channels, n < N
+    both = inside[:, None] & known[None, :]
+    cells = state + (row * heads_total + head) * channels * N + p[:, None] * N + n[None, :]
+    channel, total = head * channels + p, heads_total * channels
+    rate = tl.load(rates + head)
+    shift = tl.load(bias + head)
+    skip = tl.load(D + channel, mask=inside, other=0.0)
+    h = tl.load(cells, mask=both, other=0.0)
+    _wait(OVERLAP)
+    groups = heads_total // per_group
+    own = xBC + row * (total + 2 * groups * N)
+    of_group = own + total + head // per_group * N + n
+    x = tl.load(own + channel, mask=inside, other=0.0).to(tl.float32)
+    B = tl.load(of_group, mask=known, other=0.0).to(tl.float32)
+    C = tl.load(of_group + groups * N, mask=known, other=0.0).to(tl.float32)
+    _, step = limited(tl.load(dt + row * z_row + head).to(tl.float32) + shift, least, most, True)
+    gate = tl.load(z + row * z_row + channel, mask=inside, other=0.0).to(tl.float32)
+    h = tl.exp2(step * rate) * h + (step * x)[:, None] * B[None, :]
+    result = (tl.sum(h * C[None, :], 1) + skip * x) * gate * sigmoid(gate)
+    tl.store(cells, h, mask=both)
+    tl.store(y + row * total + channel, result.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate(  # type: ignore[no-untyped-def]
+    inner, y, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """A gated MLP between its projections: y (b, width) of inner (b, 2 width)."""
+    _begin(OVERLAP)
+    channel, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    on = channel < width
+    _wait(OVERLAP)
+    x = tl.load(inner + row * 2 * width + channel, mask=on, other=0.0).to(tl.float32)
+    opening = tl.load(inner + row * 2 * width + width + channel, mask=on, other=0.0).to(tl.float32)
+    tl.store(y + row * width + channel, (x * opening * sigmoid(opening)).to(y.dtype.element_ty), mask=on)

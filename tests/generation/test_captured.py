@@ -1,0 +1,133 @@
+"""The engine's captured runs with graphs that run their steps on the CPU: rows, room and what moves between graphs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mambalm.generation import Engine, Sampling, Settings, engine, read, step, steps
+from mambalm.generation.owned_state import OwnedState
+from mambalm.models.common import MambalmForCausalLM
+from tests.helpers import FLOAT32, relative_error
+from tests.models.tiny import FAMILIES, tokens
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_engine_gpu.py has the real thing")
+
+PROMPTS = [tokens(length, seed=length) for length in (3, 1, 9)]
+
+
+class Event:
+    """Of a device that has always done everything."""
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (engine, steps):
+        monkeypatch.setattr(module, "not_captured", lambda model: None)
+    monkeypatch.setattr(engine.gpu_step, "refusal", lambda model: "this is a test of what is around the step")
+    monkeypatch.setattr(engine, "_pinned", torch.clone)
+    monkeypatch.setattr(engine.cpu_step, "refusal", lambda model: "this is a test of graphs")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+
+    def capture(captured: Any, device: object, pool: object) -> SimpleNamespace:
+        captured._once()  # leaves garbage behind, as a capture does
+        return SimpleNamespace(replay=torch.no_grad()(captured._once))
+
+    monkeypatch.setattr(steps.Captured, "_capture", capture)
+
+
+def rows_of(model: MambalmForCausalLM, settings: Settings, **more: Any) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in range(len(PROMPTS) * settings.copies)]
+    for token in Engine(model).generate(PROMPTS, settings, **more):
+        rows[token.row].append(token.id)
+    return rows
+
+
+@pytest.mark.parametrize("room", [4, 1024])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_generate(family: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_ROOM", room)
+    monkeypatch.setattr(engine, "_AHEAD", 1)
+    model = FAMILIES[family].model()
+    for prompt, row in zip(PROMPTS, rows_of(model, Settings(max_new_tokens=12)), strict=True):
+        expected = model.generate(prompt[None], max_new_tokens=12, do_sample=False)
+        assert row == expected[0, len(prompt) :].tolist()
+
+
+def test_rows_that_stop_leave_the_others_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_ROOM", 8)
+    monkeypatch.setattr(engine, "_AHEAD", 1)
+    model = FAMILIES["hybrid"].model()
+    free = rows_of(model, Settings(max_new_tokens=30))
+    lengths, counts = [30, 4, 17], [0] * len(PROMPTS)
+    found: list[list[int]] = [[] for _ in PROMPTS]
+    one = Engine(model)
+    for token in one.generate(PROMPTS, Settings(max_new_tokens=30), lambda row: counts[row] == lengths[row]):
+        counts[token.row] += 1
+        found[token.row].append(token.id)
+    assert found == [row[:length] for row, length in zip(free, lengths, strict=True)]
+    assert {(size, room) for size, room, _ in one._idle} == {(4, 16), (2, 16), (2, 32), (1, 32)}
+
+
+@pytest.mark.parametrize("family", ["mamba", "hybrid"])
+def test_draws_are_those_of_eager_steps(family: str) -> None:
+    model = FAMILIES[family].model()
+    sampling = Sampling(temperature=0.9, top_k=9, repetition_penalty=1.2, frequency_penalty=0.1)
+    settings = Settings(sampling=sampling, max_new_tokens=9, seed=7, copies=2)
+    found = rows_of(model, settings)
+    eager = Engine(model)
+    eager._eager_because = "it is asked for"
+    expected: list[list[int]] = [[] for _ in found]
+    for token in eager.generate(PROMPTS, settings):
+        expected[token.row].append(token.id)
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", ["mamba2", "hybrid"])
+def test_a_reader_reorders_and_finds_room(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_ROOM", 8)
+    monkeypatch.setattr(engine, "_AHEAD", 1)
+    model = FAMILIES[family].model()
+    _, state = read(model, PROMPTS)
+    reader = Engine(model).reader(state)
+    ids, order = tokens(len(PROMPTS), 12), torch.tensor([2, 0, 2])
+    for position in range(ids.shape[1]):
+        expected, state = step(model, ids[:, position], state)
+        assert relative_error(reader(ids[:, position]), expected) <= FLOAT32
+        if position == 4:
+            state = state.reorder(order)
+            reader.reorder(order)
+    own = reader.state()
+    assert torch.equal(own.position, state.position)
+    longer, _ = step(model, ids[:, 0], own)
+    assert relative_error(longer, step(model, ids[:, 0], state)[0]) <= FLOAT32
+
+
+def test_what_is_owned_is_no_part_of_what_is_given_out() -> None:
+    model = FAMILIES["hybrid"].model()
+    _, state = read(model, PROMPTS)
+    owned = OwnedState(model, 4, room=16)
+    owned.load(state)
+    assert not owned.is_full
+    kept = owned.value(torch.arange(3))
+    before = kept.clone()
+    out = torch.zeros(4, model.config.vocab_size)
+    with torch.no_grad():
+        for _ in range(20):  # a row that is not in use writes past its room, and nobody notices
+            steps.GenericStep(model, owned)(torch.zeros(4, dtype=torch.long), out)
+            owned.longest += 1
+    assert owned.is_full
+    for one, other in zip(kept.layers, before.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+    assert torch.isfinite(out).all()
