@@ -59,6 +59,16 @@ def test_generate_reads_a_file_and_standard_input(tiny_checkpoint: Path, tmp_pat
     assert from_file.stdout == from_stdin.stdout == from_argument.stdout
 
 
+def test_generate_names_what_is_not_utf8(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    from_file = call("generate", tiny_checkpoint, "--prompt-file", tmp_path / "latin.txt")
+    from_stdin = CliRunner().invoke(mambalm_cli.app, ["generate", str(tiny_checkpoint), "-"], input=b"\xe9")
+    for result, name in ((from_file, "latin.txt"), (from_stdin, "standard input")):
+        assert result.exit_code == 2
+        assert f"{name} is not UTF-8" in result.stderr
+        assert "iconv" in result.stderr
+
+
 def test_generate_continues_several_prompts_as_each_alone(tiny_checkpoint: Path) -> None:
     options = ("--max-new-tokens", "6", "--temperature", "1.5", "--seed", "4", "--device", "cpu")
     alone = call("generate", tiny_checkpoint, "def sort(", *options).stdout
@@ -134,6 +144,9 @@ def test_generate_stops_at_a_string(tiny_checkpoint: Path) -> None:
         (["{checkpoint}", "hello", "--device", "nowhere"], "unknown device 'nowhere'"),
         (["{checkpoint}", "hello", "--top-p", "2"], "top_p is 2.0; it must be"),
         (["{checkpoint}", "hello", "--tokenizer", "{empty}"], "has no tokenizer that transformers can load"),
+        (["{checkpoint}", "hello", "--beams", "0"], "--beams is 0; it must be at least 1"),
+        (["{checkpoint}", "hello", "--logprobs", "999"], "of a vocabulary of"),
+        (["", "hello"], "the model's name is empty"),
     ],
 )
 def test_generate_tells_an_error_in_one_line(

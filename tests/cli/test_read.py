@@ -171,3 +171,8 @@ def test_what_cannot_be_read_is_told_in_one_line(tiny_checkpoint: Path, tmp_path
         result = call("read", tiny_checkpoint, tmp_path / "good.txt", "-o", output, *QUICK)
         assert result.exit_code == 2
         assert "name a file in a folder that exists" in result.stderr
+    text = (tmp_path / "good.txt").read_bytes()
+    result = call("read", tiny_checkpoint, tmp_path / "good.txt", "-o", tmp_path / "good.txt", *QUICK)
+    assert result.exit_code == 2
+    assert "is the text itself" in result.stderr
+    assert (tmp_path / "good.txt").read_bytes() == text

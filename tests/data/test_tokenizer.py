@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MambaConfig
 
-from mambalm.data.tokenizer import END_OF_TEXT, encode_documents, train_tokenizer
+from mambalm.data.tokenizer import END_OF_TEXT, encode_documents, load_tokenizer, train_tokenizer
 
 TEXTS = ["def f(x):\n    return x\n" * 20, "für\t\r\n∀ \x00 🐍" * 3]
 
@@ -40,3 +40,10 @@ def test_training_is_repeatable_and_survives_saving(tmp_path: Path) -> None:
 def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 256 tokens, got vocab_size=256"):
         train_tokenizer(TEXTS, 256)
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    """Of a model's configuration alone transformers makes a tokenizer that knows no words."""
+    MambaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no tokenizer's vocabulary; put its tokenizer\.json there"):
+        load_tokenizer(str(tmp_path))

@@ -44,8 +44,8 @@ def chat(
     if system is not None and state is not None:
         raise ValueError("--system begins a conversation and --state goes on with one: give one of them")
     sampling = Sampling(temperature=temperature, top_p=top_p)
-    encoder = load_tokenizer(tokenizer or model)
     network = mambalm.load(model, dtype=parse_dtype(dtype), device=parse_device(device))
+    encoder = load_tokenizer(tokenizer or model)
     settings = Settings(sampling=sampling, max_new_tokens=max_new_tokens, end_tokens=end_tokens(network), seed=seed)
 
     def open_file(path: Path) -> Conversation:
@@ -142,7 +142,7 @@ class Chat:
     def _load(self, name: str) -> None:
         self._conversation = self._open_file(_named(name, "/load"))
         asked = sum(message["role"] == "user" for message in self._conversation.messages)
-        self._remark(f"Loaded {name}: {asked} questions.")
+        self._remark(f"Loaded {name}: {asked} question{'' if asked == 1 else 's'}.")
 
 
 def _named(name: str, command: str) -> Path:

@@ -84,6 +84,8 @@ def generate(
 
 def _check(settings: Settings, beams: int, stop: Sequence[str] | None, state: Path | None) -> None:
     """Refuse options that do not go together."""
+    if beams < 1:
+        raise ValueError(f"--beams is {beams}; it must be at least 1")
     if beams > 1 and (settings.sampling != Sampling() or settings.logprobs is not None or stop or state is not None):
         raise ValueError("--beams goes with none of the sampling options, --logprobs, --stop and --state: leave it out")
     if beams > 1 and settings.copies > beams:
@@ -152,8 +154,16 @@ def _write_texts(pieces: Iterable[tuple[int, str]], rows: int) -> None:
 
 
 def _read_prompts(prompts: list[str], files: list[Path]) -> list[str]:
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
-    texts += [file.read_text(encoding="utf-8") for file in files]
+    texts = [_decoded(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt for prompt in prompts]
+    texts += [_decoded(file.read_bytes(), str(file)) for file in files]
     if not texts:
         raise ValueError('no prompt; give one as in `mambalm generate MODEL "prompt"`, with --prompt-file or as -')
     return texts
+
+
+def _decoded(text: bytes, name: str) -> str:
+    """The text as it is, its line ends too, which are not for us to translate."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 ({error}): convert it, as with `iconv -t UTF-8`") from error

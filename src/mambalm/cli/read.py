@@ -43,12 +43,14 @@ def read(
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's folder or name; by default MODEL's.")] = None,
 ) -> None:
     """Read a text and write the state after it. The same command resumes a run that was killed."""
-    encoder = load_tokenizer(tokenizer or model)
     network = mambalm.load(model, dtype=parse_dtype(dtype), device=parse_device(device))
+    encoder = load_tokenizer(tokenizer or model)
     session = Session(network, encoder, chunk_size=chunk_size, rungs=0)
     if state is not None:
         session.load(state, convert=convert_state)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if text != "-" and output.exists() and output.samefile(text):
+        raise ValueError(f"{output} is the text itself: name another file for the state")
     with _opened(text) as source:
         reading = Reading(session, encoder, source, output, restart)
         if reading.resumed:

@@ -89,4 +89,10 @@ def load_tokenizer(path_or_hub_id: str) -> PreTrainedTokenizerBase:
             "put its tokenizer.json there, or name another with --tokenizer"
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    # Where a folder has a model's configuration alone, transformers makes its tokenizer without any words.
+    if len(tokenizer) == len(tokenizer.get_added_vocab()):
+        raise ValueError(
+            f"{path_or_hub_id} has no tokenizer's vocabulary; put its tokenizer.json there, or name another with "
+            "--tokenizer"
+        )
     return tokenizer

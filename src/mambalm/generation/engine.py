@@ -167,6 +167,9 @@ class Engine:
 
     def chooser(self, rows: int, settings: Settings, seen: Tensor | None = None) -> Chooser:
         """What chooses the tokens of so many rows; see `Chooser.of` for the tokens `seen`."""
+        vocabulary = self.model.config.vocab_size
+        if settings.logprobs is not None and settings.logprobs > vocabulary:
+            raise ValueError(f"logprobs is {settings.logprobs}, of a vocabulary of {vocabulary} tokens: ask for fewer")
         sampling, seeds = [settings.sampling] * rows, settings.seeds(rows)
         return Chooser.of(sampling, seeds, seen, device=self.model.device, logprobs=settings.logprobs)
 

@@ -99,9 +99,11 @@ def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
         CheckpointError: there is nothing at the path, and no repository of that name can be reached.
     """
     path = Path(path_or_hub_id).expanduser()
+    name = os.fspath(path_or_hub_id)
+    if not name:
+        raise CheckpointError("the model's name is empty: name a folder, a file or a Hugging Face repository")
     if path.exists():
         return path
-    name = os.fspath(path_or_hub_id)
     if not HUB_ID.fullmatch(name):
         raise CheckpointError(f"{name} does not exist: name a folder, a file or a Hugging Face repository (owner/name)")
     try:
@@ -146,7 +148,7 @@ def _skeleton(checkpoint: Checkpoint) -> MambalmForCausalLM:
     try:
         with torch.device("meta"):
             model = family(checkpoint.config)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{checkpoint.folder}: no model can be built from the configuration: {error}") from error
     require_match(checkpoint, model.state_dict())
     return model

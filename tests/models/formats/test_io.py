@@ -84,6 +84,10 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     text.write_bytes((8).to_bytes(8, "little") + b"no json!")
     with pytest.raises(CheckpointError, match="no valid safetensors"):
         read_tensors([text])
+    for header in ("[1, 2]", '{"a": 5}', '{"a": {"dtype": "F32", "shape": [1]}}'):
+        text.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+        with pytest.raises(CheckpointError, match="no valid safetensors"):
+            read_tensors([text])
     old = tmp_path / "old.bin"
     torch.save(TENSORS, old, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"zip format.*save it again"):
@@ -124,6 +128,10 @@ def test_shards(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"model-00003-of-00003\.safetensors, which is not there"):
         Source(tmp_path).files("model", ".safetensors")
+    for damaged in ("{}", '{"weight_map": [1]}', '{"weight_map": {"a": 3}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match="has no weight_map of tensors to files"):
+            Source(tmp_path).files("model", ".safetensors")
     (tmp_path / "model.safetensors.index.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         Source(tmp_path).files("model", ".safetensors")

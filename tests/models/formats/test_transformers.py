@@ -95,7 +95,10 @@ def test_the_embeddings_early_name_is_read(tmp_path: Path) -> None:
         ({"model_type": "llama"}, "'llama'.*mamba2"),
         ({"hidden_size": None, "d_model": 32}, r"lacks hidden_size.*silently.*remove model_type"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantization_config.*register\(\)"),
-        ({"state_size": "many"}, "state_size"),
+        ({"state_size": "many"}, "not a valid MambaConfig: [^\n]*state_size"),
+        ({"model_type": ["mamba"]}, r"\['mamba'\].*mamba2"),
+        ({"dtype": "float99"}, "float99"),
+        ({"hidden_size": -3}, "no model can be built"),
     ],
 )
 def test_configurations_that_mislead_are_refused(change: dict, message: str, tmp_path: Path) -> None:

@@ -59,7 +59,10 @@ class Source:
             return [single]
         if not index.is_file():
             return sorted(self.folder.glob(f"{stem}-*-of-*{suffix}"))
-        shards = [self.folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise CheckpointError(f"{index} has no weight_map of tensors to files: download or copy it again")
+        shards = [self.folder / name for name in sorted(set(places.values()))]
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise CheckpointError(f"{index} names {', '.join(missing)}, which is not there: download or copy it too")
         return shards
@@ -134,11 +137,15 @@ def _require_whole(path: Path) -> None:
             header = json.loads(file.read(start - 8))
         except ValueError:
             return  # no safetensors file at all, which the library says better
-    for name, entry in header.items():
-        if name != "__metadata__" and start + entry["data_offsets"][1] > size:
+    for name, entry in header.items() if isinstance(header, dict) else ():
+        try:
+            end, shape = start + entry["data_offsets"][1], tuple(entry["shape"])
+        except (IndexError, KeyError, TypeError):
+            continue  # its description of itself, or a damaged one, which the library says better
+        if end > size:
             raise CheckpointError(
-                f"{path} is truncated: {name} (shape {tuple(entry['shape'])}) should end at byte "
-                f"{start + entry['data_offsets'][1]}, the file has {size}; download or copy it again"
+                f"{path} is truncated: {name} (shape {shape}) should end at byte {end}, the file has {size}; "
+                "download or copy it again"
             )
 
 

@@ -31,7 +31,7 @@ def read(source: Source) -> Checkpoint:
     """
     fields = source.json("config.json") or {}
     kind = fields["model_type"]
-    if kind not in CONFIGS:
+    if not isinstance(kind, str) or kind not in CONFIGS:
         raise CheckpointError(f"config.json has model_type {kind!r}: mambalm builds {', '.join(CONFIGS)}")
     if missing := [key for key in SIZES if key not in fields]:
         raise CheckpointError(
