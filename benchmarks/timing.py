@@ -38,7 +38,7 @@ def provenance(commit: str = "") -> dict[str, str]:
 
     described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
