@@ -200,3 +200,14 @@ def test_config_of_its_own_model_type(tmp_path: Path) -> None:
     assert loaded.model_type == "mambalm_hybrid"
     assert loaded.attn_cfg == config.attn_cfg
     assert loaded.layer_types == ["linear_attention", "full_attention"] * 2
+
+
+def test_initial_values_of_attention_and_mlp() -> None:
+    """torch's own bounds, and those of what ends a residual branch divided by the root of the branches."""
+    model = MambaHybridForCausalLM(FAMILIES["hybrid"].config(rescale_prenorm_residual=True))
+    for block in model.backbone.layers:
+        ends = {block.mixer.out_proj: model.residual_branches}
+        ends |= {} if block.mlp is None else {block.mlp.fc1: 1, block.mlp.fc2: model.residual_branches}
+        for module, branches in ends.items():
+            bound = (module.in_features * branches) ** -0.5
+            assert 0.9 * bound < module.weight.abs().max() <= bound

@@ -58,6 +58,11 @@ class MambalmPreTrainedModel(PreTrainedModel):
             rescale = getattr(self.config, "rescale_prenorm_residual", False)
             module.reset_parameters(self.residual_branches if rescale else 1)
 
+    def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
+        # Without the word that this is custom code, for which transformers leaves out modules that have no parameter of
+        # their own, Attention and GatedMLP: such code may write over values that were read, which `assign` does not.
+        super()._initialize_weights(module)
+
     @property
     def residual_branches(self) -> int:
         """How many outputs are added up in the residual stream."""

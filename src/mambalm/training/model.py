@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mambalm.models import FalconMambaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
 from mambalm.models.common import MambalmForCausalLM
@@ -48,8 +49,16 @@ def config_of(section: ModelSection) -> PreTrainedConfig:
     return kind(**values)
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> MambalmForCausalLM:
-    """The float32 model before the first step, on the CPU (or torch's default device, which may be meta).
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None, *, sharded: bool = False
+) -> MambalmForCausalLM:
+    """The float32 model before the first step, on the CPU.
+
+    Args:
+        recipe: which one.
+        tokenizer: of its token files, whose special tokens it gets.
+        sharded: it is to be spread by `parallelise`, which draws or reads then: a new one is on the meta device, and the
+            parameters of a checkpoint are its files' pages, in its dtypes.
 
     Raises:
         ValueError: the configuration does not fit, or the tokenizer has more tokens than the model.
@@ -57,9 +66,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
     section = recipe.model
     if section.start is None:
         torch.manual_seed(recipe.seed)
-        model = _FAMILIES[section.family](config_of(section))
+        with torch.device("meta" if sharded else "cpu"):
+            model = _FAMILIES[section.family](config_of(section))
     else:
-        model = load(section.start, dtype=torch.float32)
+        model = load(section.start, dtype=None if sharded else torch.float32)
         if section.new_embeddings:
             _renew_embeddings(model, tokenizer, recipe.seed)
     if tokenizer is not None:
@@ -88,12 +98,15 @@ def _renew_embeddings(model: MambalmForCausalLM, tokenizer: PreTrainedTokenizerB
     """Embeddings and head for another tokenizer, drawn anew."""
     if tokenizer is None:
         raise ValueError("new_embeddings needs the tokenizer that they are for")
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        nn.Module.to(module, torch.float32)
+    model.tie_weights()
     torch.manual_seed(seed)
     model.resize_token_embeddings(-(-len(tokenizer) // 8) * 8, mean_resizing=False)
     deviation = getattr(model.config, "initializer_range", 0.02)
     modules: Any = (model.get_input_embeddings(), model.get_output_embeddings())
     for module in modules:
-        torch.nn.init.normal_(module.weight, std=deviation)
+        nn.init.normal_(module.weight, std=deviation)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mambalm.layers import Block, Mamba
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.training.distributed import Ranks
+from mambalm.training.parts import put_parts, take_parts
 from mambalm.training.precision import Policy
 
 if TYPE_CHECKING:
@@ -36,8 +37,22 @@ _COSTLY = (
 )
 
 
-def parallelise(network: MambalmForCausalLM, section: ParallelSection, precision: Policy, ranks: Ranks) -> nn.Module:
+def is_sharded(section: ParallelSection) -> bool:
+    """Whether no rank holds the whole model."""
+    return section.mode in ("fsdp", "hsdp")
+
+
+def parallelise(
+    network: MambalmForCausalLM, section: ParallelSection, precision: Policy, ranks: Ranks, *, seed: int = 0
+) -> nn.Module:
     """The network on its device, recomputing, compiled and spread as the section says.
+
+    Args:
+        network: float32, on the CPU; one that is to be sharded also in other dtypes, or on the meta device, not drawn yet.
+        section: how it is spread.
+        precision: of compute and of sums over ranks.
+        ranks: who takes part.
+        seed: of the initial values of one on the meta device, which are those of one that is made whole.
 
     Raises:
         ValueError: several ranks without a mode that uses them, or one that needs them.
@@ -47,8 +62,9 @@ def parallelise(network: MambalmForCausalLM, section: ParallelSection, precision
             f"parallel.mode is {section.mode} and there are {ranks.world} ranks: use single for one, and ddp, fsdp or "
             "hsdp under torchrun"
         )
-    moved: nn.Module = network
-    moved.to(ranks.device)
+    if not is_sharded(section):
+        moved: nn.Module = network
+        moved.to(ranks.device)
     _recompute(network, section.checkpointing)
     if section.compile:
         blocks: Any = network.backbone.layers
@@ -59,7 +75,7 @@ def parallelise(network: MambalmForCausalLM, section: ParallelSection, precision
         if precision.reduce_dtype == torch.float16:
             spread.register_comm_hook(None, fp16_compress_hook)
         return spread
-    return network if section.mode == "single" else _shard(network, _mesh(section, ranks), precision)
+    return _shard(network, _mesh(section, ranks), precision, seed) if is_sharded(section) else network
 
 
 def _recompute(network: MambalmForCausalLM, checkpointing: str) -> None:
@@ -94,8 +110,9 @@ def _mesh(section: ParallelSection, ranks: Ranks) -> DeviceMesh:
     return init_device_mesh(kind, (ranks.world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def _shard(network: MambalmForCausalLM, mesh: DeviceMesh, precision: Policy) -> nn.Module:
+def _shard(network: MambalmForCausalLM, mesh: DeviceMesh, precision: Policy, seed: int = 0) -> nn.Module:
     """FSDP2: per block one group of large projections in the dtype of the products, and one float32 group."""
+    parts = take_parts(network, mesh, seed)
     full = MixedPrecisionPolicy(reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False)
     # A block may return views, of which nothing is changed in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
@@ -105,6 +122,7 @@ def _shard(network: MambalmForCausalLM, mesh: DeviceMesh, precision: Policy) -> 
         fully_shard(list(_large(block)), mesh=mesh, mp_policy=half)
         fully_shard(block, mesh=mesh, mp_policy=full)
     fully_shard(network, mesh=mesh, mp_policy=full)
+    put_parts(network, parts, precision.device)
     return network
 
 

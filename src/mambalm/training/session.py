@@ -23,7 +23,7 @@ from mambalm.training.guard import Verdict
 from mambalm.training.interruption import StopRequest, stop_requests
 from mambalm.training.metrics import MetricsLog
 from mambalm.training.model import build_model
-from mambalm.training.parallelism import parallelise
+from mambalm.training.parallelism import is_sharded, parallelise
 from mambalm.training.precision import Policy, policy
 from mambalm.training.progress import ProgressBar
 from mambalm.training.recipe_files import dump
@@ -109,10 +109,10 @@ def open_trainer(recipe: Recipe, folder: Folder, ranks: Ranks) -> Trainer:
         ValueError: tokenizer, model, data or checkpoint do not fit.
     """
     tokenizer = load_tokenizer(recipe.tokenizer)
-    network = build_model(recipe, tokenizer)
+    network = build_model(recipe, tokenizer, sharded=is_sharded(recipe.parallel))
     adapted = None if recipe.adapter is None else put_on(network, Adapter(**recipe.adapter.model_dump()))
     precision = policy(recipe.precision, ranks.device)
-    model = parallelise(network, recipe.parallel, precision, ranks)
+    model = parallelise(network, recipe.parallel, precision, ranks, seed=recipe.seed)
     section = recipe.checkpoints
     kept = Checkpoints(folder.checkpoints, keep_last=section.keep_last, keep_every=section.keep_every)
     trainer = Trainer(recipe, network, model, tokenizer, ranks, precision, kept, adapted)
