@@ -1,6 +1,14 @@
 """One rank of a small run, started by torchrun: `python -m tests.training.spread FOLDER '{"mode": "fsdp", ...}'`.
 
-The main rank prints what it saw as one line of JSON.
+The main rank prints what it saw as one line of JSON. Keys of a job:
+
+    mode, shard_size, checkpointing, compile, precision   as in a recipe
+    family, vocabulary, start, adapter   the model: new, or a checkpoint, with adapters if so
+    packed          rows are documents of one sequence
+    steps, save_at, save_always   until which step, and after which of them it saves, besides the last
+    die, kill       after which step the last rank fails, and whether by SIGKILL
+    overflow        a step whose gradient is infinite on the last rank
+    initial         instead of a run, compare the values that a sharded model begins with
 """
 
 from __future__ import annotations
@@ -15,16 +23,19 @@ from typing import Any
 import torch
 from transformers import Mamba2Config, MambaConfig
 
+from mambalm import load
 from mambalm.models import HybridConfig, Mamba2ForCausalLM, MambaForCausalLM, MambaHybridForCausalLM
+from mambalm.training.adapters import Adapter, put_on
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.distributed import Ranks, ranks
 from mambalm.training.optimizer import adamw
-from mambalm.training.parallelism import parallelise
+from mambalm.training.parallelism import is_sharded, parallelise
 from mambalm.training.precision import policy
 from mambalm.training.recipe import ParallelSection
 from mambalm.training.step import Stepper
 
 ROWS, LENGTH, VOCABULARY = 4, 17, 60
+LARGE: dict[str, Any] = {"vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 24, "state_size": 4}
 
 
 def network(family: str = "mamba", vocabulary: int = VOCABULARY) -> Any:
@@ -33,11 +44,26 @@ def network(family: str = "mamba", vocabulary: int = VOCABULARY) -> Any:
     sizes: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": 16, "num_hidden_layers": 2}
     if family == "mamba2":
         return Mamba2ForCausalLM(Mamba2Config(**sizes, num_heads=4, head_dim=8, n_groups=1, state_size=8)).train()
-    if family == "transformer":
+    if family in ("transformer", "hybrid"):
         attention = {"num_heads": 2, "rotary_emb_dim": 4}
-        config = HybridConfig(**sizes, d_intermediate=24, attn_layer_idx=[0, 1], attn_cfg=attention)
+        layers = [0, 1] if family == "transformer" else [1]
+        config = HybridConfig(**sizes, d_intermediate=24, attn_layer_idx=layers, attn_cfg=attention)
         return MambaHybridForCausalLM(config).train()
     return MambaForCausalLM(MambaConfig(**sizes, state_size=4, tie_word_embeddings=True)).train()
+
+
+def section_of(job: dict[str, Any]) -> ParallelSection:
+    """How the model is spread."""
+    kept = ("mode", "checkpointing", "compile", "shard_size")
+    return ParallelSection(**{name: job[name] for name in kept if name in job})
+
+
+def made(job: dict[str, Any], section: ParallelSection) -> Any:
+    """The model of a job, as a run's trainer makes it."""
+    if "start" in job:
+        return load(job["start"], dtype=None if is_sharded(section) else torch.float32).train()
+    with torch.device("meta" if is_sharded(section) else "cpu"):
+        return network(job.get("family", "mamba"), job.get("vocabulary", VOCABULARY))
 
 
 class SmallRun:
@@ -47,12 +73,10 @@ class SmallRun:
         """Set up; see `main` for what a job says."""
         self.ranks = taking_part
         self.policy = policy(job.get("precision", "fp32"), taking_part.device)
-        section = ParallelSection(
-            mode=job.get("mode", "single"),
-            checkpointing=job.get("checkpointing", "none"),
-            shard_size=job.get("shard_size"),
-        )
-        self.network = network(job.get("family", "mamba"), job.get("vocabulary", VOCABULARY))
+        self.packed = job.get("packed", False)
+        section = section_of(job)
+        self.network = made(job, section)
+        self.adapted = put_on(self.network, Adapter(rank=2, alpha=4)) if job.get("adapter") else None
         self.model = parallelise(self.network, section, self.policy, taking_part)
         self.stepper = Stepper(adamw(self.model), 0.5, self.policy.autocast, self.policy.scaler)
         self.step = 0
@@ -66,8 +90,14 @@ class SmallRun:
 
     def loss(self) -> torch.Tensor:
         """Of this rank's rows, such that the mean over the ranks is the mean over all tokens."""
-        ids = self.batch()
-        return self.model(ids, labels=ids, use_cache=False, skip_logits=True).loss
+        ids, offsets = self.batch(), None
+        if self.packed:
+            # Two documents a row, of the same lengths in every one.
+            cut = torch.tensor([0, 5 + self.step % 3])
+            starts = LENGTH * torch.arange(len(ids))[:, None] + cut
+            offsets = torch.cat([starts.flatten(), torch.tensor([ids.numel()])]).to(ids.device, torch.int32)
+            ids = ids.reshape(1, -1)
+        return self.model(ids, labels=ids, cu_seqlens=offsets, use_cache=False, skip_logits=True).loss
 
     def advance(self) -> tuple[float, float]:
         """(loss, norm of the gradient) of a step."""
@@ -101,10 +131,7 @@ class SmallRun:
 
 
 def work(folder: Path, job: dict[str, Any], taking_part: Ranks) -> dict[str, Any]:
-    """Do the job: resume from ``folder``, advance until ``steps``, save; with ``die`` one rank fails on the way.
-
-    With ``save_always`` it saves after every step, with ``save_at`` after that one too.
-    """
+    """Do the job: resume from ``folder``, advance until ``steps``, save."""
     run = SmallRun(job, taking_part)
     kept = Checkpoints(folder, keep_last=3)
     if kept.latest() is not None:
@@ -132,12 +159,45 @@ def work(folder: Path, job: dict[str, Any], taking_part: Ranks) -> dict[str, Any
     return found
 
 
+@torch.no_grad()
+def compare_initial(folder: Path, job: dict[str, Any], taking_part: Ranks) -> dict[str, Any]:
+    """Names of parameters that do not begin as those of a whole model do, and the memory that a large one took.
+
+    ``folder`` holds a checkpoint "large" in bfloat16, and one of every family's initial values.
+    """
+    section, found = section_of(job), {"different": [], "peak": 0.0, "peak_of_checkpoint": 0.0}
+    for family in ("mamba", "mamba2", "transformer"):
+        expected = dict(network(family).named_parameters())
+        again = made({"family": family}, section)
+        for start in (again, load(folder / family)):
+            values = parallelise(start, section, policy("fp32", taking_part.device), taking_part).named_parameters()
+            found["different"] += [n for n, value in values if not torch.equal(value.full_tensor(), expected[n])]
+    with torch.device("meta"):
+        large = MambaForCausalLM(MambaConfig(**LARGE))
+    whole = 4 * sum(parameter.numel() for parameter in large.parameters())
+    for name, model in (("peak", large), ("peak_of_checkpoint", load(folder / "large"))):
+        before = _memory()
+        sharded = parallelise(model, section, policy("fp32", taking_part.device), taking_part)
+        found[name] = (_memory(peak=True) - before) / whole
+        del sharded, model
+    return found
+
+
+def _memory(peak: bool = False) -> int:
+    """Bytes of this process in memory, or their maximum since this was last asked for; Linux alone."""
+    status = Path("/proc/self/status").read_text()
+    if not peak:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM" if peak else "VmRSS"))
+    return 1024 * int(line.split()[1])
+
+
 def main() -> None:
     """Do the job of the command line."""
     folder, job = Path(sys.argv[1]), json.loads(sys.argv[2])
     with ranks(torch.device(job.get("device", "cpu"))) as taking_part:
         # In a function of its own, as a run is: models go before the groups that they hold.
-        found = work(folder, job, taking_part)
+        found = (compare_initial if job.get("initial") else work)(folder, job, taking_part)
         if taking_part.is_main:
             print("FOUND " + json.dumps(found), flush=True)
 

@@ -81,26 +81,17 @@ def test_the_large_matrices_of_every_family(family: str, mesh: DeviceMesh, monke
     assert set(seen) <= {torch.float32}
 
 
-def test_initial_values_on_meta_and_sharded(mesh: DeviceMesh) -> None:
-    """Sharded on the meta device and drawn there after: what a whole model draws."""
-    expected = network().state_dict()
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "transformer", "hybrid"])
+def test_initial_values_are_those_of_a_whole_model(family: str, mesh: DeviceMesh) -> None:
+    whole = network(family)
+    after = torch.get_rng_state()
     with torch.device("meta"):
-        model = network()
-    _shard(model, mesh, policy("fp32", CPU))
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    torch.manual_seed(0)
-    for layer in model.backbone.layers:
-        layer.mixer.reset_parameters()
-    found = {name: value.full_tensor() for name, value in model.state_dict().items() if ".mixer." in name}
-    torch.manual_seed(0)
-    whole = network()
-    torch.manual_seed(0)
-    for layer in whole.backbone.layers:
-        layer.mixer.reset_parameters()
-    for name, value in found.items():
-        assert torch.equal(value, whole.state_dict()[name]), name
-        assert value.shape == expected[name].shape
+        model = network(family)
+    model = _shard(model, mesh, policy("fp32", CPU), seed=0)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert model.state_dict().keys() == whole.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.full_tensor(), whole.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "transformer"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MambaConfig
 
+from mambalm.models import MambaForCausalLM
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.distributed import Ranks
-from tests.training.spread import SmallRun
+from tests.training.spread import LARGE, SmallRun, network
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +25,11 @@ def launch(folder: Path, job: dict[str, Any], world: int = 1) -> subprocess.Comp
     """Do a job of `tests.training.spread` on so many ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     arguments = ["-m", "tests.training.spread", str(folder), json.dumps(job)]
-    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    # Tensors of the sizes of a test are mapped as large ones are, so that memory goes back when they do.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
 
 
 def found(folder: Path, job: dict[str, Any], world: int = 1) -> dict[str, Any]:
@@ -48,6 +55,26 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Up to the order of sums."""
     for name in ("losses", "norms"):
         assert one[name] == pytest.approx(other[name][one["first"] :][: len(one[name])], rel=2e-5)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the checkpoints that `compare_initial` reads."""
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("mamba", "mamba2", "transformer"):
+        network(family).save_pretrained(folder / family)
+    MambaForCausalLM(MambaConfig(**LARGE)).bfloat16().save_pretrained(folder / "large")
+    return folder
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_no_rank_holds_the_whole_model(world: int, models: Path) -> None:
+    """What it begins with is the whole model's, bit for bit, drawn or read; memory is that of a part and of a block."""
+    seen = found(models, {"mode": "fsdp", "initial": True}, world)
+    assert seen["different"] == []
+    assert 1 / world <= seen["peak"] < 1 / world + 0.1
+    # Parts of the files' pages, half as large, beside their float32 masters.
+    assert 1 / world <= seen["peak_of_checkpoint"] < 1.5 / world + 0.05
 
 
 def test_copies_learn_what_one_does(alone: dict[str, Any], tmp_path: Path) -> None:

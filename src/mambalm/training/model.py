@@ -57,8 +57,8 @@ def build_model(
     Args:
         recipe: which one.
         tokenizer: of its token files, whose special tokens it gets.
-        sharded: it is to be spread by `parallelise`, which draws or reads then: a new one is on the meta device, and the
-            parameters of a checkpoint are its files' pages, in its dtypes.
+        sharded: it is to be spread by `parallelise`, which draws or reads then: a new one is on the meta device, and
+            the parameters of a checkpoint are its files' pages, in its dtypes.
 
     Raises:
         ValueError: the configuration does not fit, or the tokenizer has more tokens than the model.

@@ -1,4 +1,4 @@
-"""The values of a model that no rank holds whole: each takes its part of a tensor that is drawn or read for a moment."""
+"""The values of a model that no rank holds whole: each takes its part of what is drawn or read for a moment."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Parts = dict[str, Tensor]
 def take_parts(network: MambalmForCausalLM, mesh: DeviceMesh, seed: int) -> Parts:
     """This rank's part of every parameter, by name; the network is on the meta device then.
 
-    Of a network that is there already, one draws initial values from ``seed``, a block at a time. Of a checkpoint's, which
-    are pages of its files, parts are views: only their pages are read, by `put_parts`.
+    Of one that was on it before, initial values are drawn from ``seed``, a block at a time. The parameters of a
+    checkpoint are pages of its files, and parts of them views: only their own pages are read, by `put_parts`.
     """
     if network.backbone.get_input_embeddings().weight.is_meta:
         return {name: _part(value, mesh).clone() for name, value in draw(network, seed)}
@@ -30,9 +30,11 @@ def take_parts(network: MambalmForCausalLM, mesh: DeviceMesh, seed: int) -> Part
 
 
 def put_parts(network: MambalmForCausalLM, parts: Parts, device: torch.device) -> None:
-    """Give a network that was sharded on the meta device its values, as float32 masters on ``device``; uses parts up."""
+    """Give a network that was sharded on the meta device its values, float32 on ``device``; uses the parts up."""
     for name, parameter in list(network.named_parameters()):
-        local = parts.pop(name).to(device, torch.float32, copy=True)
+        local = parts.pop(name).to(device, torch.float32)
+        if local.untyped_storage().nbytes() > local.nbytes:  # still a view
+            local = local.clone()
         assert isinstance(parameter, DTensor)
         value = DTensor.from_local(
             local,
@@ -51,8 +53,8 @@ def put_parts(network: MambalmForCausalLM, parts: Parts, device: torch.device) -
 def draw(network: MambalmForCausalLM, seed: int) -> Iterator[tuple[str, Tensor]]:
     """The initial values of a network on the meta device, bit for bit those of one made whole after this seed.
 
-    One block, or the embeddings, is held at a time. What constructors draw is replaced by the initialisation after them,
-    but it has to be drawn: torch's generator on the CPU cannot jump.
+    One block, or the embeddings, is held at a time. What constructors draw is replaced by the initialisation after
+    them, but it has to be drawn: torch's generator on the CPU cannot jump.
     """
     backbone: Any = network.backbone
     vocabulary, width = backbone.embeddings.weight.shape
