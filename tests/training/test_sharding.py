@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mambalm.layers import mamba, mamba2
 from mambalm.training.distributed import Ranks
-from mambalm.training.parallelism import _shard, parallelise
+from mambalm.training.parallelism import _compile, _recompute, _shard, parallelise
 from mambalm.training.precision import policy
 from mambalm.training.recipe import ParallelSection
+from tests.helpers import FLOAT32, relative_error
 from tests.training.spread import VOCABULARY, network
 
 CPU = torch.device("cpu")
@@ -118,3 +120,22 @@ def test_what_is_computed_again_is_not_kept(checkpointing: str) -> None:
             loss_of(model, "fp32")
         sizes.append(sum(kept))
     assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize(("family", "checkpointing"), [("mamba", "full"), ("transformer", "selective")])
+def test_what_is_sharded_and_computed_again_is_compiled(family: str, checkpointing: str, mesh: DeviceMesh) -> None:
+    expected = network(family)
+    loss_of(expected, "fp32").backward()
+    with torch.device("meta"):
+        model = network(family)
+    _recompute(model, checkpointing)
+    _compile(model, sharded=True)
+    _shard(model, mesh, policy("fp32", CPU))
+    torch._dynamo.reset()
+    counters.clear()
+    loss_of(model, "fp32").backward()
+    # The projections before and behind FSDP2's hooks, the convolution and the scan.
+    assert counters["stats"]["calls_captured"] > 20
+    found = dict(model.named_parameters())
+    for name, parameter in expected.named_parameters():
+        assert relative_error(found[name].grad.full_tensor(), parameter.grad) <= FLOAT32, name

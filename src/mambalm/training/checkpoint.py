@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -29,6 +30,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from mambalm.models.formats.io import flush
 
 _PROGRESS = "progress.pt"
+# Under adapters the weights beneath stay those of the checkpoint that the run starts from.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Checkpoints:
@@ -83,7 +86,7 @@ class Checkpoints:
                 problem = str(error)
         if problem := _agreed(problem):
             raise OSError(self._failure(problem))
-        model, optimizer = get_state_dict(state["model"], state["optimizer"])
+        model, optimizer = _tensors(state)
         if dist.is_initialized() and self._group is None:
             # Of its own: its messages must not meet those of the steps that go on meanwhile.
             self._group = dist.new_group(backend="gloo")
@@ -118,7 +121,7 @@ class Checkpoints:
             ValueError: there is none, or it is damaged or of another model; parameters may have changed by then.
         """
         step = self.latest() if step is None else step
-        model, optimizer = get_state_dict(state["model"], state["optimizer"])
+        model, optimizer = _tensors(state)
         kept: dict[str, Any] = {"model": model, "optimizer": optimizer}
         progress = self._read(kept, step)
         set_state_dict(
@@ -126,6 +129,7 @@ class Checkpoints:
             state["optimizer"],
             model_state_dict=kept["model"],
             optim_state_dict=kept["optimizer"],
+            options=_TRAINED,
         )
         state["progress"] = progress
 
@@ -135,9 +139,9 @@ class Checkpoints:
         Raises:
             ValueError: as `load`.
         """
-        kept = {"model": get_model_state_dict(model)}
+        kept = {"model": get_model_state_dict(model, options=_TRAINED)}
         self._read(kept, self.latest() if step is None else step)
-        set_model_state_dict(model, kept["model"])
+        set_model_state_dict(model, kept["model"], options=_TRAINED)
 
     def _read(self, kept: dict[str, Any], step: int | None) -> Any:
         """Read what ``kept`` names from the checkpoint of a step into its tensors; returns the progress."""
@@ -215,6 +219,17 @@ class Checkpoints:
             f"the checkpoint {path} is damaged ({_reason(error)}): remove it to go on from "
             f"{others[-1] if others else 'the beginning'}"
         )
+
+
+def _tensors(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The trained parameters and the optimizer's, by name."""
+    begun = bool(state["optimizer"].state)
+    model, optimizer = get_state_dict(state["model"], state["optimizer"], options=_TRAINED)
+    if not begun:
+        # torch makes the optimizer's tensors by a step without gradients, which AdamW would count.
+        for kept in state["optimizer"].state.values():
+            kept["step"].zero_()
+    return model, optimizer
 
 
 def _is_main() -> bool:

@@ -67,9 +67,7 @@ def parallelise(
         moved.to(ranks.device)
     _recompute(network, section.checkpointing)
     if section.compile:
-        blocks: Any = network.backbone.layers
-        for block in blocks:
-            block.compile()
+        _compile(network, is_sharded(section))
     if section.mode == "ddp":
         spread = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         if precision.reduce_dtype == torch.float16:
@@ -88,6 +86,18 @@ def _recompute(network: MambalmForCausalLM, checkpointing: str) -> None:
         elif checkpointing == "selective":
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=_keep_costly)
+
+
+def _compile(network: MambalmForCausalLM, sharded: bool) -> None:
+    """Block by block; sharded, what is in them: FSDP2's hooks on the matrices break a block's graph.
+
+    Around such a block checkpointing, which cannot have breaks inside, would leave nothing compiled, without a word.
+    """
+    blocks: Any = network.backbone.layers
+    for block in blocks:
+        for module in (block.mixer, block.mlp) if sharded else (block,):
+            if module is not None:
+                module.compile()
 
 
 def _keep_costly() -> Any:

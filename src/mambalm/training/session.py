@@ -282,7 +282,7 @@ def export(trainer: Trainer, folder: Folder, shard_size: str = "5GB") -> None:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     tensors: dict[str, Any] = get_model_state_dict(trainer.model, options=options)
     if not trainer.ranks.is_main:
         return
