@@ -165,3 +165,78 @@ def test_kill_9_at_any_moment(tmp_path: Path) -> None:
     resumed.step = step
     save(Checkpoints(tmp_path), resumed)
     assert not list(tmp_path.glob(".step-*"))
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+import torch
+torch.set_num_threads(1)
+from mambalm.training.checkpoint import Checkpoints
+from tests.training.test_checkpoint_failures import load, same_weights, small_run
+
+# What creates, renames, empties or removes; reading changes nothing.
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open")
+folder, again = Path({folder!r}), {again}
+runs = [small_run(step) for step in range(4)]
+
+
+def in_child(work):
+    child = os.fork()
+    if not child:
+        work()
+        os._exit(0)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+def save(*steps, at=None):
+    def work():
+        left = at
+
+        def count(event, arguments):
+            nonlocal left
+            if left is None or event not in CHANGES or str(folder) not in str(arguments[0]):
+                return
+            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                return
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        kept = Checkpoints(folder, keep_last=2)
+        for step in steps:
+            # A step that comes again after a return to an earlier checkpoint, with other weights.
+            kept.save(step, runs[3 if at is not None else step].state())
+            kept.wait()
+    return in_child(work)
+
+
+killed = 0
+while True:
+    shutil.rmtree(folder)
+    assert not save(1, 2)
+    if not save(2 if again else 3, at=killed):
+        break
+    resumed = small_run()
+    step = load(folder, resumed)
+    assert Checkpoints(folder).latest() == (3 if step == 3 and not again else 2), (killed, step)
+    assert step in (2, 3) and same_weights(resumed, runs[step]), (killed, step)
+    killed += 1
+print(killed)
+"""
+
+
+def same_weights(one: SmallRun, other: SmallRun) -> bool:
+    kept = weights(other)
+    return all(torch.equal(value, kept[name]) for name, value in weights(one).items())
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step again"])
+def test_kill_9_before_every_file_operation(again: bool, tmp_path: Path) -> None:
+    source = KILLED.format(path=[p for p in sys.path if p], folder=str(tmp_path), again=again)
+    process = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert process.returncode == 0, process.stderr[-3000:]
+    # The folder, the progress, a shard, the metadata, the names; and what is left of others.
+    assert int(process.stdout.split()[-1]) >= 8

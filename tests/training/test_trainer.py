@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[fl
     return finish(made), made
 
 
-@pytest.mark.parametrize("stop", [1, 6, 9, 12])
+@pytest.mark.parametrize("stop", [0, 1, 6, 9, 12])
 def test_a_resumed_run_equals_the_uninterrupted(
     data: Path, tmp_path: Path, whole: tuple[list[float], Trainer], stop: int
 ) -> None:
@@ -170,6 +171,28 @@ def test_a_full_disk_leaves_the_last_checkpoint(data: Path, tmp_path: Path, monk
             made.checkpoints.wait()
     assert made.checkpoints.steps() == [2]
     assert trainer(recipe(data), tmp_path).position.step == 2
+
+
+def test_a_checkpoint_that_fails_stops_the_run_at_the_next_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = Trainer.advance
+
+    def slow(made: Trainer) -> Any:
+        while made.checkpoints.is_writing:
+            time.sleep(0.01)
+        return advance(made)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "advance", slow)
+    monkeypatch.setattr("mambalm.training.checkpoint.flush", full)
+    settled = recipe(data, {"checkpoints": {"every": 4}})
+    with pytest.raises(OSError, match=r"No space left on device; none was written before"):
+        run(settled, tmp_path, Ranks(), Console(quiet=True))
+    # During step 5 it was noticed at the latest.
+    assert max(int(row["step"]) for row in read_metrics(tmp_path / "metrics.jsonl")) in (4, 5)
 
 
 def test_an_unreadable_shard_is_named(data: Path, tmp_path: Path) -> None:

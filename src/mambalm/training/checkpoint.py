@@ -70,6 +70,11 @@ class Checkpoints:
         """Whether a checkpoint is on its way to the disk."""
         return self._writing is not None and not self._writing.done()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the one on its way could not be written, as far as this rank knows: `wait` tells all of them."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Begin to write the model, optimizer and progress of ``state``, as they are now.
 
@@ -110,9 +115,8 @@ class Checkpoints:
         if writing is None:
             return
         error = writing.exception()
-        # The main rank moves it into its place, and what fails there fails for all.
-        if problem := _agreed(None if error is None else _reason(error)) or (error and _reason(error)):
-            raise OSError(self._failure(str(problem))) from error
+        if problems := _gathered(None if error is None else _reason(error)):
+            raise OSError(self._failure(problems[0])) from error
 
     def load(self, state: dict[str, Any], step: int | None = None) -> None:
         """Read a checkpoint, by default the latest, into the model and the optimizer, and its progress into ``state``.
@@ -243,6 +247,15 @@ def _agreed(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def _gathered(problem: str | None) -> list[str]:
+    """The problems of all ranks, on every rank."""
+    if not dist.is_initialized():
+        return [] if problem is None else [problem]
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return [each for each in found if each is not None]
 
 
 def _reason(error: BaseException) -> str:

@@ -56,6 +56,9 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
     """Join the other ranks for the block: NCCL between GPUs, Gloo between CPUs and for checkpoints.
 
     A rank that ends by an error ends the run: torchrun stops the others, and the last checkpoint is intact.
+
+    Raises:
+        RuntimeError: another rank has ended.
     """
     if not dist.is_torchelastic_launched():
         yield Ranks(device=device)
@@ -64,7 +67,16 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
         device = torch.device("cuda", dist.get_node_local_rank())
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    rank = dist.get_rank()
+    try:
+        yield Ranks(rank, dist.get_world_size(), device)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise RuntimeError(
+            f"rank {rank} lost the connection to another rank, which has ended and says why itself; the last "
+            "checkpoint is intact, and the same command goes on from it"
+        ) from error
     # A model of DDP that outlives the groups which it holds would wait for ever when it goes (seen on Gloo).
     gc.collect()
     # Not after an error: the other ranks are no longer at the same place, and waiting for them would hide it.

@@ -204,11 +204,17 @@ class Watch:
         self._plot()
 
     def _asked(self, request: StopRequest) -> bool:
-        """Whether any rank was asked to stop, so that all of them do after the same step."""
-        if self.trainer.ranks.world == 1:
-            return bool(request)
-        number = torch.tensor(request.signal, device=self.trainer.ranks.device)
-        request.signal = max(request.signal, int(self.trainer.ranks.sum(number)))
+        """Whether any rank was asked to stop, so that all of them do after the same step.
+
+        Raises:
+            OSError: the checkpoint that was being written could not be, on every rank.
+        """
+        ranks, kept = self.trainer.ranks, self.trainer.checkpoints
+        seen = torch.tensor([request.signal, kept.has_failed], device=ranks.device if ranks.world > 1 else "cpu")
+        number, failed = ranks.sum(seen).tolist()
+        if failed:
+            kept.wait()
+        request.signal = max(request.signal, number)
         return bool(request)
 
     def _note(self, report: Report) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,6 +150,9 @@ class Trainer:
         learned = torch.tensor(sum(int((batch.targets != IGNORED).sum()) for batch in batches), device=device)
         total = self.ranks.sum(learned).clamp(min=1)
         z_loss = self.recipe.optimizer.z_loss
+        # Of dropout: by place, so that a resumed run draws what the uninterrupted one does; of its own on every rank.
+        place = (self.position.stage, self.position.sequences, self.ranks.rank)
+        torch.manual_seed(Random(f"{self.recipe.seed} {place}").getrandbits(63))
 
         def loss_of(number: int, batch: Batch) -> Callable[[], Tensor]:
             def compute() -> Tensor:
@@ -159,8 +163,8 @@ class Trainer:
             return compute
 
         loss, norm = self.stepper.gradients([loss_of(number, batch) for number, batch in enumerate(batches)])
-        found = torch.stack([self.ranks.sum(loss.float()) / world, norm.float()])
-        value, length = found.tolist()
+        # The norm is that of all shards on every rank; what follows from it must not differ by its last bit.
+        value, length = (self.ranks.sum(torch.stack([loss.float(), norm.float()])) / world).tolist()
         return value, length
 
     def _synchronise(self, last: bool) -> None:
@@ -211,7 +215,6 @@ class Trainer:
         self.position, self.guard = Position(**state["progress"]["position"]), Guard(**state["progress"]["guard"])
         if self.stepper.scaler is not None:
             self.stepper.scaler.load_state_dict(state["progress"]["scaler"])
-        torch.set_rng_state(state["progress"]["random"])
 
     def _state(self) -> dict[str, Any]:
         scaler = self.stepper.scaler
@@ -219,7 +222,6 @@ class Trainer:
             "position": asdict(self.position),
             "guard": self.guard.state(),
             "scaler": {} if scaler is None else scaler.state_dict(),
-            "random": torch.get_rng_state(),
         }
         return {"model": self.model, "optimizer": self.stepper.optimizer, "progress": progress}
 
