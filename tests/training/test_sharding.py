@@ -122,14 +122,14 @@ def test_what_is_computed_again_is_not_kept(checkpointing: str) -> None:
     assert sizes[1] < sizes[0]
 
 
-@pytest.mark.parametrize(("family", "checkpointing"), [("mamba", "full"), ("transformer", "selective")])
+@pytest.mark.parametrize(("family", "checkpointing"), [("mamba", "selective"), ("transformer", "full")])
 def test_what_is_sharded_and_computed_again_is_compiled(family: str, checkpointing: str, mesh: DeviceMesh) -> None:
     expected = network(family)
     loss_of(expected, "fp32").backward()
     with torch.device("meta"):
         model = network(family)
     _recompute(model, checkpointing)
-    _compile(model, sharded=True)
+    _compile(model, ParallelSection(mode="fsdp", checkpointing=checkpointing))
     _shard(model, mesh, policy("fp32", CPU))
     torch._dynamo.reset()
     counters.clear()
@@ -139,3 +139,8 @@ def test_what_is_sharded_and_computed_again_is_compiled(family: str, checkpointi
     found = dict(model.named_parameters())
     for name, parameter in expected.named_parameters():
         assert relative_error(found[name].grad.full_tensor(), parameter.grad) <= FLOAT32, name
+
+
+def test_what_checkpointing_keeps_is_not_compiled_in_shards() -> None:
+    with pytest.raises(ValueError, match="not possible in sharded blocks of Attention: use full or none"):
+        _compile(network("transformer"), ParallelSection(mode="fsdp", checkpointing="selective"))

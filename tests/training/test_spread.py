@@ -72,9 +72,10 @@ def test_no_rank_holds_the_whole_model(world: int, models: Path) -> None:
     """What it begins with is the whole model's, bit for bit, drawn or read; memory is that of a part and of a block."""
     seen = found(models, {"mode": "fsdp", "initial": True}, world)
     assert seen["different"] == []
-    assert 1 / world <= seen["peak"] < 1 / world + 0.1
+    # A block is a 24th of it; the rest is what torch makes on the way.
+    assert 1 / world <= seen["peak"] < 1 / world + 0.15
     # Parts of the files' pages, half as large, beside their float32 masters.
-    assert 1 / world <= seen["peak_of_checkpoint"] < 1.5 / world + 0.05
+    assert 1 / world <= seen["peak_of_checkpoint"] < 1.5 / world + 0.1
 
 
 def test_copies_learn_what_one_does(alone: dict[str, Any], tmp_path: Path) -> None:

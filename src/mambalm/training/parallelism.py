@@ -55,7 +55,7 @@ def parallelise(
         seed: of the initial values of one on the meta device, which are those of one that is made whole.
 
     Raises:
-        ValueError: several ranks without a mode that uses them, or one that needs them.
+        ValueError: several ranks without a mode that uses them, or one that needs them; or compile where it cannot be.
     """
     if (section.mode == "single") != (ranks.world == 1):
         raise ValueError(
@@ -67,7 +67,7 @@ def parallelise(
         moved.to(ranks.device)
     _recompute(network, section.checkpointing)
     if section.compile:
-        _compile(network, is_sharded(section))
+        _compile(network, section)
     if section.mode == "ddp":
         spread = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         if precision.reduce_dtype == torch.float16:
@@ -88,14 +88,25 @@ def _recompute(network: MambalmForCausalLM, checkpointing: str) -> None:
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=_keep_costly)
 
 
-def _compile(network: MambalmForCausalLM, sharded: bool) -> None:
+def _compile(network: MambalmForCausalLM, section: ParallelSection) -> None:
     """Block by block; sharded, what is in them: FSDP2's hooks on the matrices break a block's graph.
 
     Around such a block checkpointing, which cannot have breaks inside, would leave nothing compiled, without a word.
+
+    Raises:
+        ValueError: checkpointing would keep results that compiled code writes over.
     """
     blocks: Any = network.backbone.layers
     for block in blocks:
-        for module in (block.mixer, block.mlp) if sharded else (block,):
+        if not is_sharded(section):
+            block.compile()
+            continue
+        if section.checkpointing == "selective" and not isinstance(block.mixer, Mamba):
+            raise ValueError(
+                f"parallel.compile with parallel.checkpointing=selective is not possible in sharded blocks of "
+                f"{type(block.mixer).__name__}: use full or none, or do without compile"
+            )
+        for module in (block.mixer, block.mlp):
             if module is not None:
                 module.compile()
 
