@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("target", ["80", "90", "100", "gfx942"])
+@pytest.mark.parametrize("target", ["89", "90", "100", "gfx942"])
 def test_kernels_compile(target: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "tests.ops.compile_ssd", target]

@@ -9,9 +9,11 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
+
 from mambalm.ops import BackendError, explain, ssd  # noqa: E402
-from mambalm.ops.ssd import _launch  # noqa: E402
-from tests.helpers import FLOAT32, assert_close, gradients  # noqa: E402
+from mambalm.ops.ssd import _launch, _triton_kernels  # noqa: E402
+from tests.helpers import FLOAT32, assert_close, gradients, relative_error  # noqa: E402
 from tests.ops.ssd_helpers import TOKENS, arguments, doubled, only_y, output_weights, scan, without_states  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="for Triton's interpreter")
@@ -55,6 +57,32 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     found = gradients(scan("triton"), args, weights)
     assert all(found[f"d{name}"].dtype == t.dtype for name, t in args.items())
     assert_close(found, exact, torch.finfo(dtype).eps)
+
+
+@triton.jit
+def product_of_rounded(a, b, PRECISION):  # type: ignore[no-untyped-def]
+    """The interpreter multiplies no bfloat16, but rounds to it, towards zero."""
+    return tl.dot(a.to(tl.float32), b.to(tl.float32))
+
+
+@pytest.mark.parametrize(("l", "offsets"), [(1, None), (150, None), (150, [0, 0, 70, 150])])
+@pytest.mark.parametrize("gate", [True, False])
+def test_gradients_of_parameters_with_operands_in_bfloat16(
+    l: int, offsets: list[int] | None, gate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Roundings as on a GPU, even coarser ones: the gradients of A, the bias and the initial state hardly notice."""
+    monkeypatch.setattr(_triton_kernels, "product", product_of_rounded)
+    monkeypatch.setattr(_launch, "operands", lambda dtype: (tl.bfloat16, "ieee"))
+    args = arguments(1, l, 4, 20, 24, 2, rows=3 if offsets else None, dtype=torch.bfloat16)
+    weights = output_weights(args)
+    if not gate:
+        del args["z"]
+    exact = gradients(scan("reference", offsets), doubled(args), weights)
+    rounded = gradients(scan("reference", offsets), args, weights)
+    found = gradients(scan("triton", offsets), args, weights)
+    for name in ("dA", "ddt_bias", "dinitial_state"):
+        allowed = max(1.2 * relative_error(rounded[name], exact[name]), 3e-4)
+        assert relative_error(found[name], exact[name]) <= allowed, name
 
 
 @pytest.mark.parametrize("packed", [False, True])

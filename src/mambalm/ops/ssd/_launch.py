@@ -11,7 +11,7 @@ from torch import Tensor
 from mambalm.ops import triton_support
 from mambalm.ops.backends import Call
 from mambalm.ops.ssd.arguments import Arguments
-from mambalm.ops.triton_support import dense_channels, processors
+from mambalm.ops.triton_support import dense_channels, power_of_2, processors
 
 MOST_STATES = 256
 
@@ -76,7 +76,7 @@ class Problem:
     def wide(self) -> int:
         """Channels of a block; a head of more has several."""
         most = 32 if self.exact else 64
-        return max(min(triton.next_power_of_2(self.p), most), 16)
+        return max(min(power_of_2(self.p), most), 16)
 
     @property
     def blocks(self) -> int:
@@ -86,7 +86,7 @@ class Problem:
     def tiles(self) -> dict[str, Any]:
         """Compile-time arguments of the kernels with matrix products."""
         operand, precision = operands(self.dtype)
-        states = max(triton.next_power_of_2(self.n), 16)
+        states = max(power_of_2(self.n), 16)
         return {"Q": self.chunk, "P": self.wide, "N": states, "OPERAND": operand, "PRECISION": precision}
 
     def sizes(self) -> dict[str, int]:
@@ -116,6 +116,15 @@ class Problem:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised tensor on the call's device."""
         return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def kept_states(self) -> tuple[Tensor, Tensor | None]:
+        """Room for the states of all chunks, and for their scales where they are kept in 16 bits. The states of a call
+        of one chunk are given from outside, and nothing was rounded on the way to them."""
+        tiles = self.tiles()
+        shape = (self.slots, self.blocks, tiles["N"])
+        if self.exact or self.l <= self.chunk:
+            return self.empty(*shape, tiles["P"]), None
+        return self.empty(*shape, tiles["P"], dtype=torch.float16), self.empty(*shape)
 
     def new_states(self) -> Tensor:
         """A state of each row."""

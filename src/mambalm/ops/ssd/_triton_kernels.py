@@ -6,12 +6,14 @@ channels of one head: the blocks of a head share its decays and are otherwise he
 
 `prepare` makes each chunk's steps and running sums of log decays. `scan` computes the outputs, and run backwards in
 time, with C and B exchanged and the output's gradient for the input, it computes the input's gradient. Both keep the
-states that enter each chunk. From them `pairs` computes the gradients of B and C, a chunk at a time and over all heads
-of a group, and `sums` those of D and, token by token, of the steps and log decays, which `finish` puts together.
+states that enter each chunk (`keep`). From them `pairs` computes the gradients of B and C, a chunk at a time and over
+all heads of a group, and `sums` those of D and, token by token, of the steps and log decays, which `finish` puts
+together.
 
 Sums of log decays are counted in powers of two. Of float32 inputs, whole and broken parts are summed apart (`whole`),
 so that small steps are not lost beside large ones. Products run on matrix units: operands are rounded to OPERAND, sums
-are float32.
+are float32. In what the gradients of A and the bias, sums in which most cancels, are made of, the remainder of such a
+rounding is multiplied too (`careful`).
 """
 
 import triton
@@ -98,8 +100,9 @@ def prepare(
     HEADS: tl.constexpr,
 ):
     """Δ and the running sums of Δ A log2(e) within each chunk, (heads, slots, Q); steps of the padding are zero."""
-    slot = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    parts = tl.cdiv(heads, HEADS)
+    slot = (tl.program_id(0) // parts).to(tl.int64)
+    head = tl.program_id(0) % parts * HEADS + tl.arange(0, HEADS)
     batch, begin, left = locate_slot(cu_seqlens, slot, length, rows, Q)
     i = tl.arange(0, Q)
     known = head < heads
@@ -122,6 +125,47 @@ def prepare(
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def remainder(value, OPERAND: tl.constexpr):
+    """What rounding a float32 value to OPERAND leaves over."""
+    return (value - value.to(OPERAND).to(tl.float32)).to(OPERAND)
+
+
+@triton.jit
+def careful(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """The product of ``a``, which OPERAND holds exactly, and a float32 ``b``."""
+    result = product(a, b.to(OPERAND), PRECISION)
+    if tl.float32 != OPERAND:
+        result += product(a, remainder(b, OPERAND), PRECISION)
+    return result
+
+
+@triton.jit
+def keep(states, scales, corner, h, N: tl.constexpr, P: tl.constexpr):
+    """Store a state (N, P), as it is or, of half the size, as float16 of 11 bits beside a power of two for each row."""
+    n, p = tl.arange(0, N), tl.arange(0, P)
+    at = states + corner * (N * P) + n[:, None] * P + p[None, :]
+    if scales is None:
+        tl.store(at, h)
+    else:
+        # The largest of a row becomes 2^14 to 2^15; the exponent is taken and inverted as bits, infinity included.
+        most = tl.max(tl.abs(h), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
+        most = tl.maximum(most, 15 << 23)
+        tl.store(scales + corner * N + n, (most - (14 << 23)).to(tl.float32, bitcast=True))
+        inverse = ((254 << 23) - most + (14 << 23)).to(tl.float32, bitcast=True)
+        tl.store(at, (h * inverse[:, None]).to(tl.float16))
+
+
+@triton.jit
+def kept(states, scales, corner, n, N: tl.constexpr, P: tl.constexpr):
+    """Rows n of a state (N, P) that `keep` stored, in float32."""
+    p = tl.arange(0, P)
+    h = tl.load(states + corner * (N * P) + n[:, None] * P + p[None, :]).to(tl.float32)
+    if scales is not None:
+        h *= tl.load(scales + corner * N + n)[:, None]
+    return h
 
 
 @triton.jit
@@ -172,6 +216,7 @@ def scan(
     totals,
     out,
     states,
+    scales,
     final,
     u_b,
     u_l: tl.constexpr,
@@ -199,6 +244,7 @@ def scan(
     SEGMENTS: tl.constexpr,
     SUMMARY: tl.constexpr,
     REVERSE: tl.constexpr,
+    CAREFUL: tl.constexpr,
     Q: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -264,8 +310,7 @@ def scan(
             gate = load_tile(z + offset * z_l, z_l, i, p, inside, channels).to(tl.float32)
             ut = ut.to(tl.float32) * (gate * sigmoid(gate))
         if states is not None:
-            at = ((slot + chunk) * heads * blocks + block) * (N * P) + n[:, None] * P + (p - first)[None, :]
-            tl.store(states + at, h.to(states.dtype.element_ty))
+            keep(states, scales, (slot + chunk) * heads * blocks + block, h, N, P)
         if out is not None:
             queries = load_tile(query + offset * query_l, query_l, i, n, inside, state_size).to(OPERAND)
             scores = product(queries, tl.trans(keys), PRECISION)
@@ -294,8 +339,11 @@ def scan(
                     result *= change * silu_gradient(gate)
             tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
         weight = tl.exp2(start) if REVERSE else tl.exp2(end) * size_of_step
-        inflow = (ut.to(tl.float32) * weight[:, None]).to(OPERAND)
-        h = h * tl.exp2(total) + product(tl.trans(keys), inflow, PRECISION)
+        inflow = ut.to(tl.float32) * weight[:, None]
+        if CAREFUL:
+            h = h * tl.exp2(total) + careful(tl.trans(keys), inflow, OPERAND, PRECISION)
+        else:
+            h = h * tl.exp2(total) + product(tl.trans(keys), inflow.to(OPERAND), PRECISION)
         log_total += total
     if SUMMARY:
         tl.store(ends + ((row * SEGMENTS + segment) * heads + head) * size + cells, h, mask=real)
@@ -317,7 +365,9 @@ def pairs(
     decay,
     whole,
     states,
+    scales,
     dstates,
+    dscales,
     dB,
     dC,
     x_b,
@@ -369,7 +419,6 @@ def pairs(
     dscores = tl.zeros((Q, Q), tl.float32)
     dkeys = tl.zeros((Q, N), tl.float32)
     dqueries = tl.zeros((Q, N), tl.float32)
-    corner = n[:, None] * P + p[None, :]
     zero = slot * 0  # makes 64 bits of a loop's counter
     for number in tl.range(group * per_group * blocks + share * each, stop, num_stages=STAGES):
         block = zero + number
@@ -382,9 +431,8 @@ def pairs(
         if z is not None:
             gate = load_tile(z + head * z_h, z_l, i, first + p, inside, channels).to(tl.float32)
             change = change.to(tl.float32) * (gate * sigmoid(gate))
-        at = (slot * heads * blocks + block) * (N * P)
-        entering = tl.load(states + at + corner)
-        leaving = tl.load(dstates + at + corner)
+        corner = slot * heads * blocks + block
+        entering, leaving = kept(states, scales, corner, n, N, P), kept(dstates, dscales, corner, n, N, P)
         xt, change = xt.to(OPERAND), change.to(OPERAND)
 
         decays = between(part[:, None], integer[:, None], part[None, :], integer[None, :], whole is not None)
@@ -419,7 +467,9 @@ def sums(
     decay,
     whole,
     states,
+    scales,
     dstates,
+    dscales,
     dD,
     crossing,
     within,
@@ -451,8 +501,10 @@ def sums(
     Q: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
+    SOME: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Of one chunk of one block of channels: its shares in the gradients of the log decays and the steps, crossing,
     within, writes and direct (blocks, slots, Q) and passed (blocks, slots), and in dD (slots, heads, p)."""
@@ -461,11 +513,29 @@ def sums(
     slot = (tl.program_id(0) // (heads * blocks)).to(tl.int64)
     head, first = block // blocks, block % blocks * P
     group = head // per_group
-    i, p, n = tl.arange(0, Q), first + tl.arange(0, P), tl.arange(0, N)
+    i, p = tl.arange(0, Q), first + tl.arange(0, P)
     batch, begin, left = locate_slot(cu_seqlens, slot, length, rows, Q)
     inside = i < left
+    B += batch * B_b + begin * B_l + group * B_g
+    C += batch * C_b + begin * C_l + group * C_g
+    corner = slot * heads * blocks + block
+    # Some states at a time. The outputs read the state that enters, the inflow adds to the one that leaves.
+    scores = tl.zeros((Q, Q), tl.float32)
+    read = tl.zeros((Q, P), tl.float32)
+    written = tl.zeros((Q, P), tl.float32)
+    through = tl.zeros((SOME, P), tl.float32)
+    for least in tl.range(0, N, SOME, num_stages=STAGES):
+        n = least + tl.arange(0, SOME)
+        keys = load_tile(B, B_l, i, n, inside, state_size).to(OPERAND)
+        queries = load_tile(C, C_l, i, n, inside, state_size).to(OPERAND)
+        entering, leaving = kept(states, scales, corner, n, N, P), kept(dstates, dscales, corner, n, N, P)
+        through += entering * leaving
+        scores += product(queries, tl.trans(keys), PRECISION)
+        read += careful(queries, entering, OPERAND, PRECISION)
+        written += careful(keys, leaving, OPERAND, PRECISION)
     part, integer, start, end, total = running_sums(decay, whole, (head * slots + slot) * Q, i, Q)
     size_of_step = tl.load(step + (head * slots + slot) * Q + i)
+    tl.store(passed + block * slots + slot, tl.sum(tl.sum(through, axis=1), axis=0) * tl.exp2(total))
     xt = load_tile(x + batch * x_b + begin * x_l + head * x_h, x_l, i, p, inside, channels)
     change = load_tile(dy + batch * dy_b + begin * dy_l + head * dy_h, dy_l, i, p, inside, channels)
     if z is not None:
@@ -474,18 +544,13 @@ def sums(
     if dD is not None:
         skipped = tl.sum(change.to(tl.float32) * xt.to(tl.float32), axis=0)
         tl.store(dD + (slot * heads + head) * channels + p, skipped, mask=p < channels)
-    keys = load_tile(B + batch * B_b + begin * B_l + group * B_g, B_l, i, n, inside, state_size).to(OPERAND)
-    queries = load_tile(C + batch * C_b + begin * C_l + group * C_g, C_l, i, n, inside, state_size).to(OPERAND)
-    corner = (slot * heads * blocks + block) * (N * P) + n[:, None] * P + (p - first)[None, :]
-    entering, leaving = tl.load(states + corner), tl.load(dstates + corner)
-    kept = tl.sum(tl.sum(entering.to(tl.float32) * leaving.to(tl.float32), axis=1), axis=0)
-    tl.store(passed + block * slots + slot, kept * tl.exp2(total))
 
     # Within the chunk.
     decays = between(part[:, None], integer[:, None], part[None, :], integer[None, :], whole is not None)
     weights = product(change.to(OPERAND), tl.trans(xt.to(OPERAND)), PRECISION)
-    weights *= product(queries, tl.trans(keys), PRECISION)
-    weights = tl.where(i[:, None] >= i[None, :], weights * decays, 0.0)
+    if z is not None and tl.float32 != OPERAND:
+        weights += product(remainder(change, OPERAND), tl.trans(xt.to(OPERAND)), PRECISION)
+    weights = tl.where(i[:, None] >= i[None, :], weights * scores * decays, 0.0)
     inward = tl.sum(weights, axis=0)
     weights = tl.where(i[:, None] > i[None, :], weights * size_of_step[None, :], 0.0)
     here = (block * slots + slot) * Q + i
@@ -496,10 +561,8 @@ def sums(
         before = tl.where(i[:, None] > i[None, :], tl.cumsum(weights, axis=1), 0.0)
         tl.store(within + here + 1, tl.sum(before, axis=0), mask=i < Q - 1)
         tl.store(within + here, crossed, mask=i == 0)
-    # Between chunks: the outputs read the state that enters, the inflow adds to the one that leaves.
-    read = product(queries, entering.to(OPERAND), PRECISION)
+    # Between chunks.
     crossed += tl.sum(read * change.to(tl.float32), axis=1) * tl.exp2(start)
-    written = product(keys, leaving.to(OPERAND), PRECISION)
     added = tl.sum(written * xt.to(tl.float32), axis=1) * tl.exp2(end)
     tl.store(crossing + here, crossed)
     tl.store(writes + here, added * size_of_step)
@@ -536,8 +599,9 @@ def finish(
     HEADS: tl.constexpr,
 ):
     """The gradient of dt, and each slot's share of those of A and the bias, (slots, heads)."""
-    slot = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    parts = tl.cdiv(heads, HEADS)
+    slot = (tl.program_id(0) // parts).to(tl.int64)
+    head = tl.program_id(0) % parts * HEADS + tl.arange(0, HEADS)
     batch, begin, left = locate_slot(cu_seqlens, slot, length, rows, Q)
     i = tl.arange(0, Q)
     known = head < heads
@@ -545,7 +609,7 @@ def finish(
     crossed = tl.zeros((Q, HEADS), tl.float32)
     written = tl.zeros((Q, HEADS), tl.float32)
     change = tl.zeros((Q, HEADS), tl.float32)
-    kept = tl.zeros((HEADS,), tl.float32)
+    through = tl.zeros((HEADS,), tl.float32)
     dlog_decay = tl.zeros((Q, HEADS), tl.float32)
     for block in range(blocks):
         line = (head.to(tl.int64) * blocks + block) * slots + slot
@@ -555,10 +619,10 @@ def finish(
             dlog_decay += tl.load(within + at, mask=inside, other=0.0)
         written += tl.load(writes + at, mask=inside, other=0.0)
         change += tl.load(direct + at, mask=inside, other=0.0)
-        kept += tl.load(passed + line, mask=known & (head * 0 < left), other=0.0)
+        through += tl.load(passed + line, mask=known & (head * 0 < left), other=0.0)
     # The gradient of a log decay: of all that crosses it, from before it to after it.
     before = tl.cumsum(written, axis=0) - written
-    dlog_decay += tl.cumsum(crossed, axis=0, reverse=True) + before + kept[None, :]
+    dlog_decay += tl.cumsum(crossed, axis=0, reverse=True) + before + through[None, :]
     a = tl.load(A + head, mask=known, other=0.0).to(tl.float32)
     size = tl.load(step + (head.to(tl.int64)[None, :] * slots + slot) * Q + i[:, None], mask=inside, other=0.0)
     # Nothing crosses a step that forgets; rounding that is left over there would be multiplied with a large step.

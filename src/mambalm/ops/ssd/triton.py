@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mambalm.ops.backends import Call
@@ -13,18 +12,21 @@ from mambalm.ops.ssd import _launch
 from mambalm.ops.ssd._launch import Problem, checkpoint_shape, skip_strides, stride_arguments
 from mambalm.ops.ssd._triton_kernels import advance, finish, pairs, prepare, scan, sums
 from mambalm.ops.ssd.arguments import Arguments
-from mambalm.ops.triton_support import dense_channels, on
+from mambalm.ops.triton_support import ceil_div, dense_channels, launch, on, power_of_2
 
 __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
 Decays = dict[str, Tensor | None]
-Scan = Callable[[Problem, Decays, "Pass"], Tensor | None]
+States = tuple[Tensor | None, Tensor | None]  # of every chunk (slots, blocks, n, p), and scales (slots, blocks, n)
+Scan = Callable[[Problem, Decays, "Pass"], States]
 
 # Heads of a program that makes or sums decays; cells of a state of a program that makes one step.
 _HEADS, _STEP_CELLS = 16, 2048
-# Chunks in flight at most, and warps: of a scan, of one that makes no outputs, of the pairs.
+# Chunks (or what a loop takes) in flight at most, and warps: of a scan, of one that makes no outputs, pairs, sums.
 _SCAN, _STATES, _PAIRS = (2, 4), (3, 4), (3, 8)
-_SUMS = 4  # warps
+_SUMS = (3, 4)
+_CELLS = 8192  # of a state that 4 warps of a scan hold
+_SOME = 32  # states that the sums take at a time
 
 
 def supports(call: Call) -> str | None:
@@ -84,7 +86,7 @@ def run_backward(
         entering = scan_with(problem, decays, Pass(dz, dy=None if dz is None else dy, initial=initial, keep=True))
         back = Pass(dx, reverse=True, dy=dy, initial=dfinal, final=dinitial, keep=True)
         leaving = scan_with(problem, decays, back)
-        chunks = _chunks(problem, decays, dy, (entering, leaving))
+        chunks = _chunks(problem, decays, dy, entering, leaving)
         dB, dC = _pairs(problem, chunks)
         dD, partial = _sums(problem, chunks)
         ddt, dA, dbias = _finish(problem, decays, partial)
@@ -95,31 +97,28 @@ def _prepare(problem: Problem) -> Decays:
     shape = (problem.h, problem.slots, problem.chunk)
     found = {name: problem.empty(*shape) for name in ("step", "decay")}
     decays = {**found, "whole": problem.empty(*shape) if problem.exact else None}
-    if problem.slots:
-        prepare[(problem.slots, triton.cdiv(problem.h, _HEADS))](**_steps(problem), **decays)
+    _launch_steps(prepare, problem, decays)
     return decays
 
 
-def _steps(problem: Problem) -> dict[str, Any]:
-    """What the kernels over steps take first."""
+def _launch_steps(kernel: Any, problem: Problem, rest: dict[str, Any]) -> None:
+    """Launch a kernel over steps, some heads of a chunk a program."""
     given = {name: problem.tensors[name] for name in ("dt", "A", "bias", "cu_seqlens")}
     sizes = {"length": problem.l, "heads": problem.h, "rows": problem.rows, "slots": problem.slots}
     strides = stride_arguments("dt", problem.tensors["dt"], "blh")
-    return {**given, **strides, **problem.limits, **sizes, "Q": problem.chunk, "HEADS": _HEADS, "num_warps": 2}
+    tiles = {"Q": problem.chunk, "HEADS": _HEADS}
+    if programs := problem.slots * ceil_div(problem.h, _HEADS):
+        launch(kernel, programs, {**given, **strides, **problem.limits, **sizes, **tiles, **rest}, {"num_warps": 2})
 
 
-def scan_rows(problem: Problem, decays: Decays, wanted: Pass) -> Tensor | None:
-    """A scan in plain Triton; returns the states that enter the chunks (slots, blocks, n, p), if they are wanted."""
+def scan_rows(problem: Problem, decays: Decays, wanted: Pass) -> States:
+    """A scan in plain Triton; returns the states that enter the chunks, if they are wanted."""
     segments = problem.segments()
-    states = None
-    if wanted.keep:
-        tiles = problem.tiles()
-        dtype = torch.bfloat16 if problem.dtype == torch.bfloat16 else torch.float32
-        states = problem.empty(problem.slots, problem.blocks, tiles["N"], tiles["P"], dtype=dtype)
+    states, scales = problem.kept_states() if wanted.keep else (None, None)
     ends = segment_ends(problem, decays, wanted, segments)
-    targets = {"out": wanted.out, "states": states, "initial": wanted.initial, "final": wanted.final}
+    targets = {"out": wanted.out, "states": states, "scales": scales, "initial": wanted.initial, "final": wanted.final}
     _launch_scan(problem, decays, wanted, segments, **targets, **ends, SUMMARY=False)
-    return states
+    return states, scales
 
 
 def segment_ends(problem: Problem, decays: Decays, wanted: Pass, segments: int) -> dict[str, Tensor | None]:
@@ -128,7 +127,7 @@ def segment_ends(problem: Problem, decays: Decays, wanted: Pass, segments: int) 
         return {"ends": None, "totals": None}
     ends = problem.empty(problem.rows * segments, problem.h, problem.p, problem.n)
     found: dict[str, Tensor | None] = {"ends": ends, "totals": problem.empty(problem.rows * segments, problem.h)}
-    nothing = {"out": None, "states": None, "initial": None, "final": None}
+    nothing = {"out": None, "states": None, "scales": None, "initial": None, "final": None}
     _launch_scan(problem, decays, wanted, segments, **nothing, **found, SUMMARY=True)
     return found
 
@@ -144,64 +143,45 @@ def roles(problem: Problem, wanted: Pass) -> dict[str, Tensor | None]:
 def _launch_scan(problem: Problem, decays: Decays, wanted: Pass, segments: int, **rest: Any) -> None:
     tensors, D = roles(problem, wanted), problem.tensors["D"]
     strides = {k: v for name, t in tensors.items() for k, v in stride_arguments(name, t, _axes(name)).items()}
-    if programs := problem.blocks * problem.rows * segments:
-        scan[(programs,)](
-            **tensors,
-            **strides,
-            **skip_strides(D),
-            **decays,
-            **problem.sizes(),
-            **problem.tiles(),
-            **rest,
-            D=D,
-            cu_seqlens=problem.tensors["cu_seqlens"],
-            SEGMENTS=segments,
-            REVERSE=wanted.reverse,
-            **_plan(problem, wanted.out is None or rest["SUMMARY"]),
-        )
-
-
-def _plan(problem: Problem, no_outputs: bool) -> dict[str, int]:
-    """As many chunks in flight as shared memory has room for."""
+    (most, warps), matrices = (_STATES, 1) if wanted.out is None or rest["SUMMARY"] else (_SCAN, 2)
     tiles = problem.tiles()
     q, p, n = (tiles[name] for name in "QPN")
-    (most, warps), matrices = (_STATES, 1) if no_outputs else (_SCAN, 2)
-    stages = problem.stages(q * (p + matrices * n), q * q + n * p, most)
-    return {"STAGES": stages, "num_warps": warps}
+    if n * p > _CELLS:
+        warps *= 2
+    arguments = {**tensors, **strides, **skip_strides(D), **decays, **problem.sizes(), **tiles, **rest}
+    arguments |= {"D": D, "cu_seqlens": problem.tensors["cu_seqlens"], "SEGMENTS": segments}
+    arguments |= {"REVERSE": wanted.reverse, "CAREFUL": wanted.keep}
+    arguments["STAGES"] = problem.stages(q * (p + matrices * n), q * q + n * p, most)
+    if programs := problem.blocks * problem.rows * segments:
+        launch(scan, programs, arguments, {"num_warps": warps})
 
 
 def _axes(name: str) -> str:
     return "blg" if name in ("key", "query", "B", "C") else "blh"
 
 
-def _chunks(problem: Problem, decays: Decays, dy: Tensor, kept: tuple[Tensor | None, Tensor | None]) -> dict[str, Any]:
+def _chunks(problem: Problem, decays: Decays, dy: Tensor, entering: States, leaving: States) -> dict[str, Any]:
     """What the kernels over chunks take first."""
     given = problem.tensors
     tensors = {"x": given["x"], "dy": dy, "z": given["z"], "B": given["B"], "C": given["C"]}
     strides = {k: v for name, t in tensors.items() for k, v in stride_arguments(name, t, _axes(name)).items()}
-    states = {"states": kept[0], "dstates": kept[1], "cu_seqlens": given["cu_seqlens"], "rows": problem.rows}
-    return {**tensors, **strides, **decays, **states, **problem.sizes(), **problem.tiles()}
+    states = {"states": entering[0], "scales": entering[1], "dstates": leaving[0], "dscales": leaving[1]}
+    rows = {"cu_seqlens": given["cu_seqlens"], "rows": problem.rows}
+    return {**tensors, **strides, **decays, **states, **rows, **problem.sizes(), **problem.tiles()}
 
 
 def _pairs(problem: Problem, chunks: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The gradients of B and C."""
     shares, (most, warps) = problem.shares(), _PAIRS
     q, p, n = (problem.tiles()[name] for name in "QPN")
-    shape = (shares, problem.b, problem.l, problem.g, problem.n)
     dtype = problem.dtype if shares == 1 else torch.float32
-    dB, dC = problem.empty(*shape, dtype=dtype), problem.empty(*shape, dtype=dtype)
-    if problem.slots:
-        pairs[(problem.slots * problem.g * shares,)](
-            **chunks,
-            dB=dB,
-            dC=dC,
-            groups=problem.g,
-            shares=shares,
-            tokens=problem.b * problem.l,
-            STAGES=problem.stages(2 * (q + n) * p, 2 * q * n + q * q, most),
-            num_warps=warps,
-        )
-    return (dB[0], dC[0]) if shares == 1 else (dB.sum(0), dC.sum(0))
+    dBC = problem.empty(2, shares, problem.b, problem.l, problem.g, problem.n, dtype=dtype)
+    rest = {"dB": dBC[0], "dC": dBC[1], "groups": problem.g, "shares": shares, "tokens": problem.b * problem.l}
+    rest["STAGES"] = problem.stages(2 * (q + n) * p, 2 * q * n + q * q, most)
+    if programs := problem.slots * problem.g * shares:
+        launch(pairs, programs, {**chunks, **rest}, {"num_warps": warps})
+    dB, dC = (dBC[:, 0] if shares == 1 else dBC.sum(1)).unbind()
+    return dB, dC
 
 
 def _sums(problem: Problem, chunks: dict[str, Any]) -> tuple[Tensor | None, Decays]:
@@ -214,8 +194,11 @@ def _sums(problem: Problem, chunks: dict[str, Any]) -> tuple[Tensor | None, Deca
         if problem.exact or name != "within"
     }
     found = {"within": None, **of_tokens, "passed": problem.empty(problem.blocks, problem.slots)}
-    if problem.slots:
-        sums[(problem.slots * problem.blocks,)](**chunks, **found, dD=dD, num_warps=_SUMS)
+    (most, warps), tiles = _SUMS, problem.tiles()
+    some = min(_SOME, tiles["N"])
+    stages = problem.stages(2 * some * (tiles["Q"] + tiles["P"]), tiles["Q"] ** 2 + 2 * tiles["Q"] * tiles["P"], most)
+    if programs := problem.slots * problem.blocks:
+        launch(sums, programs, {**chunks, **found, "dD": dD, "SOME": some, "STAGES": stages}, {"num_warps": warps})
     if dD is not None and D is not None:
         dD = dD.sum((0, 2) if D.ndim == 1 else 0)
     return dD, found
@@ -226,44 +209,25 @@ def _finish(problem: Problem, decays: Decays, partial: Decays) -> tuple[Tensor, 
     dt = problem.tensors["dt"]
     assert dt is not None
     ddt = problem.empty(*dt.shape, dtype=dt.dtype)
-    dA = problem.empty(problem.slots, problem.h)
-    dbias = None if problem.tensors["bias"] is None else torch.empty_like(dA)
-    if problem.slots:
-        finish[(problem.slots, triton.cdiv(problem.h, _HEADS))](
-            **_steps(problem),
-            **partial,
-            step=decays["step"],
-            ddt=ddt,
-            dA=dA,
-            dbias=dbias,
-            blocks=problem.blocks // problem.h,
-        )
-    return ddt, dA.sum(0), None if dbias is None else dbias.sum(0)
+    of_heads = problem.empty(1 if problem.tensors["bias"] is None else 2, problem.slots, problem.h)
+    dA, *dbias = of_heads.unbind()
+    results = {"ddt": ddt, "dA": dA, "dbias": dbias[0] if dbias else None}
+    rest = {**partial, **results, "step": decays["step"], "blocks": problem.blocks // problem.h}
+    _launch_steps(finish, problem, rest)
+    dA, *dbias = of_heads.sum(1).unbind()
+    return ddt, dA, dbias[0] if dbias else None
 
 
 def _advance(problem: Problem, y: Tensor, state: Tensor | None) -> None:
     """One step of every row, in one launch."""
     given = {name: problem.tensors[name] for name in ("x", "dt", "A", "B", "C", "D", "z", "bias", "initial")}
-    states = triton.next_power_of_2(problem.n)
-    block = max(min(_STEP_CELLS // states, triton.next_power_of_2(problem.p)), 1)
-    blocks = problem.h * triton.cdiv(problem.p, block)
+    states = power_of_2(problem.n)
+    block = max(min(_STEP_CELLS // states, power_of_2(problem.p)), 1)
     strides: dict[str, int] = {}
     for name, axes in {"x": "bh", "dt": "bh", "z": "bh", "B": "bg", "C": "bg"}.items():
         t = given[name]
         strides |= stride_arguments(name, None if t is None else t[:, 0], axes)
-    if problem.b:
-        advance[(blocks * problem.b,)](
-            **given,
-            **strides,
-            **skip_strides(given["D"]),
-            **problem.limits,
-            y=y,
-            final=state,
-            heads=problem.h,
-            per_group=problem.h // problem.g,
-            channels=problem.p,
-            state_size=problem.n,
-            P=block,
-            N=states,
-            num_warps=4,
-        )
+    sizes = {"heads": problem.h, "per_group": problem.h // problem.g, "channels": problem.p, "state_size": problem.n}
+    arguments = {**given, **strides, **skip_strides(given["D"]), **problem.limits, **sizes, "y": y, "final": state}
+    if programs := problem.b * problem.h * ceil_div(problem.p, block):
+        launch(advance, programs, {**arguments, "P": block, "N": states}, {"num_warps": 4})
