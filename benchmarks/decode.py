@@ -1,4 +1,4 @@
-"""Decoding with random weights on a GPU: `python -m benchmarks.decode [--model 2.8b] [--output FOLDER]`.
+"""Decoding with random weights on a GPU: `python -m benchmarks.decode [--model 2.8b] [--kernels] [--output FOLDER]`.
 
 Milliseconds of a step of `mambalm.generation.Engine`, the choice of the token included, in bfloat16: the time of many
 steps in a row divided by their number. The floor is the time to read the weights, and to read and write the states, at
@@ -31,7 +31,12 @@ CASES = (
     ("2.8b", 64, "greedy", 4.59, 3.0),
     ("falcon-7b", 1, "greedy", 5.22, 4.2),
     ("falcon-7b", 64, "greedy", 7.48, 5.6),
+    ("mamba2-2.7b", 1, "greedy", None, None),
+    ("mamba2-2.7b", 64, "greedy", None, None),
+    ("mamba2attn-2.7b", 1, "greedy", None, None),
+    ("mamba2attn-2.7b", 64, "greedy", None, None),
 )
+MODELS = tuple(dict.fromkeys(name for name, *_ in CASES))
 PROMPT = 2048
 
 
@@ -47,6 +52,27 @@ def step_ms(engine: Engine, batch: int, sampling: Sampling, steps: int = 200) ->
     end.record()
     end.synchronize()
     return round(begin.elapsed_time(end) / steps, 4)
+
+
+def kernels(engine: Engine, batch: int, sampling: Sampling, steps: int = 10) -> list[dict[str, Any]]:
+    """Where the time of a step goes: a row per kernel, the costliest first."""
+    captured = engine.take(batch, Plan.of([sampling], None))
+    captured.replay()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            captured.replay()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    return [
+        {
+            "kernel": event.key,
+            "launches": event.count // steps,
+            "us_per_launch": round(event.self_device_time_total / event.count, 3),
+            "ms_per_step": round(event.self_device_time_total / steps / 1e3, 4),
+        }
+        for event in events
+        if event.self_device_time_total
+    ]
 
 
 def seconds(engine: Engine, batch: int, tokens: int, sampling: Sampling) -> tuple[float, float]:
@@ -86,16 +112,19 @@ def case(engine: Engine, name: str, batch: int, how: str, peer: float | None, go
 def main() -> None:
     """Run the cases and write `decode.json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
-    parser.add_argument("--model", choices=("2.8b", "falcon-7b"), help="this one only")
+    parser.add_argument("--model", choices=MODELS, help="this one only")
+    parser.add_argument("--kernels", action="store_true", help="list the kernels of a step with their times as well")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="", help="what was measured, where there is no git")
     options = parser.parse_args()
     rows = []
-    for name in [options.model] if options.model else ("2.8b", "falcon-7b"):
+    for name in [options.model] if options.model else MODELS:
         engine = Engine(model(name, torch.bfloat16).eval())
         for sizes in CASES:
             if sizes[0] == name:
                 rows.append(case(engine, *sizes))
+                if options.kernels:
+                    rows[-1]["kernels"] = kernels(engine, sizes[1], PLANS[sizes[2]])
                 print(json.dumps(rows[-1]), flush=True)
         del engine
         gc.collect()

@@ -17,7 +17,9 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["mamba-130m", "mamba2-130m", "mamba-2.8b", "mamba-7b-rw", "falcon-mamba-7b"])
+@pytest.mark.parametrize(
+    "name", ["mamba-130m", "mamba2-130m", "mamba-2.8b", "mamba-7b-rw", "falcon-mamba-7b", "mamba2attn-2.7b"]
+)
 def test_sizes(name: str) -> None:
     model = random_model(shape(name), torch.bfloat16, "meta")
     assert isinstance(model, MambalmForCausalLM)
@@ -45,6 +47,6 @@ def test_values_are_those_of_the_initialisation() -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    assert len(SHAPES) == 12
+    assert len(SHAPES) == 13
     with pytest.raises(ValueError, match="there is no shape 'mamba-3b'; choose one of mamba-130m"):
         shape("mamba-3b")

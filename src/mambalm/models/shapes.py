@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from mambalm.models.hybrid import HybridConfig
 from mambalm.models.registration import LANGUAGE_MODELS
 
 # Width and depth (Gu and Dao 2023, table 12; Dao and Gu 2024, table 9): GPT-3's, with two blocks per layer.
@@ -38,6 +39,12 @@ def _shapes() -> dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]]:
         found[name] = (Mamba2Config, {"vocab_size": _VOCABULARY["mamba2"], **heads, **sizes})
     wide = {"hidden_size": 4096, "num_hidden_layers": 64, "tie_word_embeddings": False}
     found["mamba-7b-rw"] = (MambaConfig, {"vocab_size": 50432, **wide})
+    # arXiv:2405.21060, section 9.2.3.
+    attention: dict[str, Any] = {"num_heads": 30, "head_dim": 128, "rotary_emb_dim": 64, "d_conv": 4}
+    attention |= {"qkv_proj_bias": False, "out_proj_bias": False}
+    hybrid: dict[str, Any] = {"attn_layer_idx": [9, 18, 27, 37, 46, 55], "attn_cfg": attention}
+    hybrid |= {"ssm_cfg": {"layer": "Mamba2", "d_state": 128, "headdim": 64}, "vocab_size": _VOCABULARY["mamba2"]}
+    found["mamba2attn-2.7b"] = (HybridConfig, {**hybrid, "hidden_size": 2560, "num_hidden_layers": 64})
     found["falcon-mamba-7b"] = (FalconMambaConfig, {"vocab_size": 65024, "intermediate_size": 8192, **wide})
     return found
 

@@ -142,15 +142,18 @@ def test_throughput_samples_and_then_writes_all() -> None:
     assert [row["position"] for row in found["sampled"]] == [128, 2000]
     assert [row["position"] for row in found["whole"]] == [128, 1024, 2048, 2100]
     assert found["peak_grew_by_bytes"] == 0
+    assert found["paired"]["positions"] == [128, 2090]
     growing = FakeSubject(wait=lambda position: 1e-6 * position)
     found = measure_throughput(growing, 2100, steps=3, chunk_size=64)
     assert found["slower_at_the_end_by"] > 0.2
+    assert found["paired"]["slower_at_the_end_by"] > 0.2
     found = measure_throughput(FakeSubject(wait=lambda _: 1e-3), 2100, steps=3, chunk_size=64, seconds=0.5)
     assert found["whole"] is None
     assert found["whole_skipped"].startswith("by the sampled speeds it takes")
     found = measure_throughput(FakeSubject(fails=lambda position, _: position > 1000), 2100, steps=3, chunk_size=64)
     assert found["sampled"][-1] == {"position": 2000, "out_of_memory": True}
     assert found["whole_skipped"] == "out of memory at a sampled position"
+    assert "paired" not in found
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory")])
@@ -188,6 +191,7 @@ def test_both_sides_write_the_same(tiny_checkpoint: Path) -> None:
     assert found[0]["tokens"] == found[1]["tokens"]
     assert [(one["generated"], one["batch"]) for one in found] == [(6, 2)] * 2
     assert found[0]["prompt_seconds"] > 0
+    assert found[0]["prompt_over_bare_reading"] > 0
     sampled = Settings(sampling=Sampling(temperature=0.9, top_k=5, top_p=0.9, min_p=0.01), max_new_tokens=3, seed=1)
     assert all(len(measure_generate(one, prompts, sampled, 1)["tokens"][0]) == 3 for one in (ours, theirs))
     with pytest.raises(ValueError, match="two new tokens at least"):

@@ -18,8 +18,9 @@ def measure_generate(subject: Subject, prompts: Tensor, settings: Settings, repe
     """Continue prompts (b, l), once to warm up and `repeats` times to measure.
 
     Returns:
-        Medians: seconds until the first tokens are known, and milliseconds between each two after; the peak of memory;
-        the tokens of the last repeat.
+        Medians: seconds until the first tokens are known, how many times as many as reading that number of tokens takes
+        without choosing any, and milliseconds between each two tokens after; the peak of memory; the tokens of the last
+        repeat.
 
     Raises:
         ValueError: fewer than two new tokens, or no repeat.
@@ -29,10 +30,13 @@ def measure_generate(subject: Subject, prompts: Tensor, settings: Settings, repe
     settings = replace(settings, end_tokens=frozenset())
     memory = Memory(subject.device)
     first: list[float] = []
+    above: list[float] = []
     between: list[float] = []
     told: list[list[int]] = []
+    batch, length = prompts.shape
     for repeat in range(repeats + 1):
         memory.reset()
+        bare = _seconds_to_read(subject, batch, length)
         began = clock(subject.device)
         told, times = [], list[float]()
 
@@ -43,8 +47,8 @@ def measure_generate(subject: Subject, prompts: Tensor, settings: Settings, repe
         subject.generate(prompts, settings, heard)
         if repeat:
             first.append(times[0] - began)
+            above.append(first[-1] / bare)
             between.append((times[-1] - times[0]) / (len(times) - 1))
-    batch, length = prompts.shape
     prompt, step = statistics.median(first), statistics.median(between)
     return {
         "batch": batch,
@@ -53,9 +57,16 @@ def measure_generate(subject: Subject, prompts: Tensor, settings: Settings, repe
         "sampling": asdict(settings.sampling),
         "repeats": repeats,
         "prompt_seconds": round(prompt, 6),
+        "prompt_over_bare_reading": round(statistics.median(above), 4),
         "prompt_tokens_per_second": round(batch * length / prompt, 1),
         "decode_ms_per_token": round(1000 * step, 4),
         "decode_tokens_per_second": round(batch / step, 2),
         "peak_bytes": memory.peak(),
         "tokens": [list(row) for row in zip(*told, strict=True)],
     }
+
+
+def _seconds_to_read(subject: Subject, batch: int, length: int) -> float:
+    began = clock(subject.device)
+    subject.begin(batch).read(length)
+    return clock(subject.device) - began

@@ -116,13 +116,22 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
     cuda = device.type == "cuda"
     found = {name: version for name, version in versions().items() if version != "not installed"}
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if cuda else None,
         "versions": found,
         "commit": commit or _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _processor() -> str:
+    """What the processor is called, which Python knows on some systems only."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if names := [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]:
+            return names[0]
+    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

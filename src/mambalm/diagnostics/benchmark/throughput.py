@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,12 +17,13 @@ from mambalm.generation import Settings
 
 # Steps before the first measurement, in which kernels are compiled and graphs captured, and before the others.
 _WARM_UP, _WARM_AGAIN = 32, 8
+_FIRST = 128
 
 
 def sample_points(tokens: int) -> list[int]:
     """128, then 2,000 and its doublings, up to so many tokens."""
     doublings = (2000 * 2**power for power in range(32))
-    return [128, *(point for point in doublings if point <= tokens)]
+    return [_FIRST, *(point for point in doublings if point <= tokens)]
 
 
 def measure_throughput(
@@ -36,12 +39,17 @@ def measure_throughput(
         seconds: what the whole may take, by the sampled speeds.
 
     Returns:
-        "sampled": rows of position, milliseconds and tokens per second, bytes allocated and their peak. "whole": the
-        same for every 1,024 tokens written from one token on, or why it was not done.
+        "sampled": rows of position, milliseconds and tokens per second, bytes allocated and their peak. "paired": by
+        how much a step at the end is slower than one at the beginning, the two measured in turn, so that a machine's
+        drift is in both. "whole": as "sampled" for every 1,024 tokens written from one token on, or why it was not
+        done.
     """
-    sampled = _sampled(subject, sample_points(tokens), steps, chunk_size)
-    release(subject.device)
+    late, sampled = _sampled(subject, sample_points(tokens), steps, chunk_size)
     result: dict[str, Any] = {"tokens": tokens, "sampled_by": f"prefill and {steps} bare steps", "sampled": sampled}
+    if late is not None:
+        result["paired"] = attempt(functools.partial(_paired, late, tokens, steps, chunk_size), subject.device)
+    del late
+    release(subject.device)
     expected = _expected_seconds(sampled, tokens)
     if expected is None:
         result["whole"], result["whole_skipped"] = None, "out of memory at a sampled position"
@@ -55,19 +63,38 @@ def measure_throughput(
     return result
 
 
-def _sampled(subject: Subject, points: Sequence[int], steps: int, chunk_size: int | None) -> list[dict[str, Any]]:
-    memory, run, rows = Memory(subject.device), subject.begin(1), []
+def _sampled(
+    subject: Subject, points: Sequence[int], steps: int, chunk_size: int | None
+) -> tuple[Run | None, list[dict[str, Any]]]:
+    """A run at the last point, None if it came to none behind the first; a row per point."""
+    memory, run, rows = Memory(subject.device), subject.begin(1), list[dict[str, Any]]()
     chunk = (chunk_size or subject.chunk_size) if subject.reads_in_chunks else None
     for point in points:
         if attempt(lambda at=point: _advance(run, at, chunk), subject.device) is None:  # type: ignore[misc]
-            rows.append({"position": point, "out_of_memory": True})
-            break
+            return None, [*rows, {"position": point, "out_of_memory": True}]
         memory.reset()
         row = attempt(lambda: _timed(run, steps, memory), subject.device)
         rows.append({"position": point, **(row or {"out_of_memory": True})})
         if row is None or not subject.reads_in_chunks:
-            break
-    return rows
+            return None, rows
+    return run, rows
+
+
+def _paired(late: Run, tokens: int, steps: int, chunk_size: int | None, rounds: int = 9) -> dict[str, Any]:
+    """A run brought to the last tokens beside one at the first point, in turn for a quarter of the steps each."""
+    subject, count = late.subject, max(1, steps // 4)
+    early, chunk = subject.begin(1), chunk_size or subject.chunk_size
+    _advance(early, _FIRST, chunk)
+    _advance(late, tokens - (rounds + 1) * count, chunk)
+    memory, times = Memory(subject.device), dict[Run, list[float]]()
+    places = [one.position for one in (early, late)]
+    for turn in range(rounds + 1):
+        for one in (early, late) if turn % 2 else (late, early):
+            times.setdefault(one, []).append(_timed(one, count, memory)["ms_per_token"])
+    # The first of each warms up.
+    early_ms, late_ms = (statistics.median(times[one][1:]) for one in (early, late))
+    ratio = statistics.median(b / a for a, b in zip(times[early][1:], times[late][1:], strict=True))
+    return {"positions": places, "ms_per_token": [early_ms, late_ms], "slower_at_the_end_by": round(ratio - 1, 4)}
 
 
 def _advance(run: Run, position: int, chunk_size: int | None) -> bool:
