@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import MambaConfig, PreTrainedTokenizerFast
 
 from mambalm.models import MambaForCausalLM, load_adapter
@@ -20,6 +21,7 @@ from mambalm.training.recipe import Recipe
 from mambalm.training.session import Folder, open_trainer, run
 from tests.data.test_chat import MARKED, with_template
 from tests.helpers import FLOAT32, relative_error
+from tests.training.runs import finish
 
 
 @pytest.fixture
@@ -73,6 +75,68 @@ def test_a_recipe_trains_adapters_alone(recipe: dict[str, Any], tmp_path: Path) 
         assert relative_error(expected, load(recipe["model"]["start"])(ids).logits) > 0.01
     assert size_of(settled).parameters == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert report.trainable == 0
+
+
+def four_bits(recipe: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The recipe as QLoRA, measured in the middle, on a size that bitsandbytes multiplies on a CPU."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=300, hidden_size=64, state_size=8, num_hidden_layers=2, eos_token_id=0)
+    MambaForCausalLM(config).save_pretrained(recipe["model"]["start"])
+    data = recipe["data"] | {"held_out": 0.2}
+    return recipe | {"adapter": {"rank": 4, "alpha": 8, "four_bits": True}, "data": data} | changes
+
+
+def frozen_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if not value.requires_grad}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_recipe_trains_adapters_on_four_bits(recipe: dict[str, Any], tmp_path: Path, precision: str) -> None:
+    settled = Recipe.model_validate(four_bits(recipe, precision=precision, evaluation={"every": 3, "sequences": 4}))
+    folder, shown = Folder(tmp_path / "run"), io.StringIO()
+    with distributed.ranks(torch.device("cpu")) as ranks:
+        fresh = frozen_weights(open_trainer(settled, folder, ranks).network)
+        assert not run(settled, folder.path, ranks, Console(file=shown))
+        last = open_trainer(settled, folder, ranks)
+    assert "adapted: dt_proj x 2, in_proj x 2, out_proj x 2, x_proj x 2" in " ".join(shown.getvalue().split())
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    held_out = [line["held_out/loss"] for line in lines if "held_out/loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+    assert held_out[-1] < held_out[0] - 0.1
+    # Saved and measured again and again, the 4-bit weights are what they were.
+    after = frozen_weights(last.network)
+    assert any(value.dtype == torch.uint8 for value in after.values())
+    for name, value in fresh.items():
+        assert torch.equal(after[name], value), name
+    kept = FileSystemReader(folder.checkpoints / "step-8").read_metadata().state_dict_metadata
+    assert [name for name in kept if ".lora_" not in name and not name.startswith("optimizer.param_groups")] == []
+
+
+def test_adapters_on_four_bits_are_resumed_exactly(recipe: dict[str, Any], tmp_path: Path) -> None:
+    settled = Recipe.model_validate(four_bits(recipe))
+    with distributed.ranks(torch.device("cpu")) as ranks:
+        whole = open_trainer(settled, Folder(tmp_path / "whole"), ranks)
+        losses = finish(whole)
+        first = open_trainer(settled, Folder(tmp_path / "parts"), ranks)
+        assert finish(first, 5) == losses[:5]
+        first.measure()
+        first.save()
+        first.checkpoints.wait()
+        # What was saved and measured goes on as if it had not been.
+        assert finish(first, 7) == losses[5:7]
+        assert finish(open_trainer(settled, Folder(tmp_path / "parts"), ranks)) == losses[5:]
+
+
+def test_what_four_bits_cannot_do_is_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not sharded: set parallel\.mode to single or ddp"):
+        Recipe.model_validate(four_bits(recipe, parallel={"mode": "fsdp"}))
+    config = MambaConfig(vocab_size=300, hidden_size=48, state_size=8, num_hidden_layers=2, eos_token_id=0)
+    MambaForCausalLM(config).save_pretrained(recipe["model"]["start"])
+    settled = Recipe.model_validate(recipe | {"adapter": {"four_bits": True}})
+    with pytest.raises(ValueError, match=r"in_proj has 48 inputs and 192 outputs, and on a CPU bitsandbytes"):
+        open_trainer(settled, Folder(tmp_path / "run"), distributed.Ranks())
 
 
 def test_an_adapter_needs_a_checkpoint(recipe: dict[str, Any]) -> None:

@@ -19,6 +19,10 @@ from mambalm.models.loading import FAMILIES, load, locate
 if TYPE_CHECKING:
     from peft import PeftModel
 
+# Where this is true, bitsandbytes 0.50 rearranges a layer's weights on a CPU at its first forward in eval mode: from
+# then on no gradient passes through it, and every state_dict() changes the weights.
+_REPACKS = "support_avx512bf16_for_cpu"
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -100,7 +104,7 @@ def start(
         ImportError: PEFT or, for 4 bits, bitsandbytes is not installed.
     """
     if adapter.four_bits:
-        return put_on(_four_bits(path_or_hub_id, device, dtype), adapter)
+        return put_on(load_four_bits(path_or_hub_id, device, dtype, dtype or torch.bfloat16), adapter)
     return put_on(load(path_or_hub_id, dtype=dtype, device=device), adapter)
 
 
@@ -121,13 +125,32 @@ def put_on(model: MambalmForCausalLM, adapter: Adapter) -> Adapted:
         task_type="CAUSAL_LM",
     )
     adapted, report = attach_adapter(model, config)
+    for module in model.modules():
+        if hasattr(module, _REPACKS):
+            setattr(module, _REPACKS, False)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return Adapted(model, adapted, report)
 
 
-def _four_bits(path_or_hub_id: str, device: torch.device | str, dtype: torch.dtype | None) -> MambalmForCausalLM:
+def load_four_bits(
+    path_or_hub_id: str, device: torch.device | str, dtype: torch.dtype | None, compute_dtype: torch.dtype
+) -> MambalmForCausalLM:
+    """Load a checkpoint with its large projections in bitsandbytes' NF4.
+
+    Args:
+        path_or_hub_id: a folder or repository in transformers' format.
+        device: where it runs.
+        dtype: of all other weights; None keeps each one's in the file.
+        compute_dtype: in which the 4-bit weights are multiplied.
+
+    Raises:
+        CheckpointError: the checkpoint does not load, or is not in transformers' format.
+        ImportError: bitsandbytes is not installed.
+        ValueError: the device is a CPU, and a projection has a size that bitsandbytes cannot multiply there.
+    """
+    import bitsandbytes
     from transformers import BitsAndBytesConfig
 
     format, source = detect(locate(path_or_hub_id))
@@ -137,11 +160,18 @@ def _four_bits(path_or_hub_id: str, device: torch.device | str, dtype: torch.dty
             "`mambalm convert`"
         )
     family = FAMILIES[type(format.read(source).config)]
-    how = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.bfloat16
-    )
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+    device = torch.device(device)
     model = family.from_pretrained(
-        source.folder, quantization_config=how, dtype=dtype or "auto", device_map={"": torch.device(device)}
+        source.folder, quantization_config=how, dtype=dtype or "auto", device_map={"": device}
     )
+    for name, module in model.named_modules():
+        if device.type != "cpu" or not isinstance(module, bitsandbytes.nn.Linear4bit):
+            continue
+        if module.in_features % 64 or module.out_features % 32:
+            raise ValueError(
+                f"{name} has {module.in_features} inputs and {module.out_features} outputs, and on a CPU bitsandbytes "
+                "multiplies 4-bit weights of multiples of 64 and 32 alone: train without four_bits, or on a GPU"
+            )
     assert isinstance(model, MambalmForCausalLM)
     return model

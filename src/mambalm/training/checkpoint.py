@@ -143,7 +143,7 @@ class Checkpoints:
         Raises:
             ValueError: as `load`.
         """
-        kept = {"model": get_model_state_dict(model, options=_TRAINED)}
+        kept = {"model": _of_trained(model, get_model_state_dict(model, options=_TRAINED))}
         self._read(kept, self.latest() if step is None else step)
         set_model_state_dict(model, kept["model"], options=_TRAINED)
 
@@ -233,7 +233,15 @@ def _tensors(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         # torch makes the optimizer's tensors by a step without gradients, which AdamW would count.
         for kept in state["optimizer"].state.values():
             kept["step"].zero_()
-    return model, optimizer
+    return _of_trained(state["model"], model), optimizer
+
+
+def _of_trained(model: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Without frozen parameters: torch keeps the second name of a tied one, and what quantisers write beside one."""
+    network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    named = network.named_parameters(remove_duplicate=False)
+    frozen = tuple(f"{name}." for name, parameter in named if not parameter.requires_grad)
+    return {name: tensor for name, tensor in tensors.items() if not f"{name}.".startswith(frozen)}
 
 
 def _is_main() -> bool:

@@ -14,7 +14,9 @@ from mambalm.models import FalconMambaForCausalLM, Mamba2ForCausalLM, MambaForCa
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.models.hybrid import MambaHybridForCausalLM
 from mambalm.models.loading import load
-from mambalm.training.adapters import Adapter, put_on
+from mambalm.models.quantized import DEFAULT_SKIPS
+from mambalm.training.adapters import Adapter, load_four_bits, put_on
+from mambalm.training.precision import Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -50,13 +52,18 @@ def config_of(section: ModelSection) -> PreTrainedConfig:
 
 
 def build_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None, *, sharded: bool = False
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    precision: Policy | None = None,
+    *,
+    sharded: bool = False,
 ) -> MambalmForCausalLM:
-    """The float32 model before the first step, on the CPU.
+    """The float32 model before the first step, on the CPU; one in 4 bits where it is to run, else as in its file.
 
     Args:
         recipe: which one.
         tokenizer: of its token files, whose special tokens it gets.
+        precision: what one in 4 bits computes in, and where; float32 on the CPU by default.
         sharded: it is to be spread by `parallelise`, which draws or reads then: a new one is on the meta device, and
             the parameters of a checkpoint are its files' pages, in its dtypes.
 
@@ -68,6 +75,11 @@ def build_model(
         torch.manual_seed(recipe.seed)
         with torch.device("meta" if sharded else "cpu"):
             model = _FAMILIES[section.family](config_of(section))
+    elif recipe.adapter is not None and recipe.adapter.four_bits:
+        precision = precision or Policy(torch.device("cpu"))
+        dtype = precision.compute_dtype
+        others = torch.float32 if dtype == torch.float32 else None
+        model = load_four_bits(section.start, precision.device, others, dtype)
     else:
         model = load(section.start, dtype=None if sharded else torch.float32)
         if section.new_embeddings:
@@ -115,7 +127,8 @@ class Size:
 
     Attributes:
         parameters: trained numbers; tied weights count once.
-        state_bytes: float32 parameters, and gradients and both moments of those trained, on all ranks together.
+        state_bytes: parameters, as float32 but for those in 4 bits, and gradients and both moments of those trained, on
+            all ranks together.
         activation_bytes: what a micro-batch keeps for its backward, about, by stage.
     """
 
@@ -133,13 +146,22 @@ def size_of(recipe: Recipe) -> Size:
             model = load(recipe.model.start, device="meta")
         if recipe.adapter is not None:
             put_on(model, Adapter(**recipe.adapter.model_dump()))
-    count = sum(parameter.numel() for parameter in model.parameters())
+    four_bits = recipe.adapter is not None and recipe.adapter.four_bits
+    weights = sum(_weight_bytes(name, parameter, four_bits) for name, parameter in model.named_parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Size(
         trained,
-        4 * count + 12 * trained,
+        round(weights) + 12 * trained,
         tuple(_activations(recipe, model.config, i) for i in range(len(recipe.stages))),
     )
+
+
+def _weight_bytes(name: str, parameter: nn.Parameter, four_bits: bool) -> float:
+    """Of a parameter in training; of one in 4 bits with the float32 scale of every 64."""
+    projection = ".layers." in name and parameter.ndim == 2 and name.endswith(".weight") and ".lora_" not in name
+    if four_bits and projection and not any(f".{skipped}." in name for skipped in DEFAULT_SKIPS):
+        return parameter.numel() * (4 + 32 / 64) / 8
+    return 4 * parameter.numel()
 
 
 def _activations(recipe: Recipe, config: Any, stage: int) -> int:

@@ -247,12 +247,14 @@ class AdapterSection(Section):
     Attributes:
         rank, alpha, dropout: LoRA's; what an adapter adds is scaled by alpha / rank.
         targets: last names of projections; None takes all.
+        four_bits: QLoRA: the large projections beneath in bitsandbytes' NF4.
     """
 
     rank: int = Field(16, gt=0)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] | None = None
+    four_bits: bool = False
 
 
 class Recipe(Section):
@@ -281,6 +283,10 @@ class Recipe(Section):
             raise ValueError(f"stages need names of their own, got {', '.join(names)}")
         if self.adapter is not None and (self.model.start is None or self.model.new_embeddings):
             raise ValueError("an adapter needs a checkpoint that stays as it is: set model.start, not new_embeddings")
+        if self.adapter is not None and self.adapter.four_bits and self.parallel.mode in ("fsdp", "hsdp"):
+            raise ValueError(
+                "4-bit weights are not sharded: set parallel.mode to single or ddp, or adapter.four_bits=false"
+            )
         for first, last, schedule in self.schedules():
             tokens = sum(stage.tokens for stage in self.stages[first:last])
             if schedule.warmup + schedule.decay > tokens:

@@ -109,9 +109,10 @@ def open_trainer(recipe: Recipe, folder: Folder, ranks: Ranks) -> Trainer:
         ValueError: tokenizer, model, data or checkpoint do not fit.
     """
     tokenizer = load_tokenizer(recipe.tokenizer)
-    network = build_model(recipe, tokenizer, sharded=is_sharded(recipe.parallel))
-    adapted = None if recipe.adapter is None else put_on(network, Adapter(**recipe.adapter.model_dump()))
     precision = policy(recipe.precision, ranks.device)
+    network = build_model(recipe, tokenizer, precision, sharded=is_sharded(recipe.parallel))
+    torch.manual_seed(recipe.seed)  # of the adapters' initial values, on every rank
+    adapted = None if recipe.adapter is None else put_on(network, Adapter(**recipe.adapter.model_dump()))
     model = parallelise(network, recipe.parallel, precision, ranks, seed=recipe.seed)
     section = recipe.checkpoints
     kept = Checkpoints(folder.checkpoints, keep_last=section.keep_last, keep_every=section.keep_every)
