@@ -234,7 +234,7 @@ def test_an_ignored_signal_stays_ignored(interruptible: None) -> None:
 
 def test_the_fastest_dtype_is_one_that_trains() -> None:
     run = make_run()
-    run.compute_dtype = fastest_dtype(64, 64)
+    run.compute_dtype = fastest_dtype()
     assert run.compute_dtype in (torch.float32, torch.bfloat16)
     finish(run, 2)
     assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())

@@ -3,7 +3,8 @@
 torch multiplies float32 matrices by a BLAS such as MKL, which does not use all that some processors have; oneDNN, which
 torch brings as well, does (AVX-512 on AMD: 2.3 times as fast). It multiplies bfloat16 matrices by oneDNN, which is slow
 where the processor has no instructions for them. One measurement per process and dtype decides between two ways. The
-first is taken unless the other is far ahead: the choice must not vary from run to run, since rounding does with it.
+choice must not vary from run to run, since rounding does with it: the first is taken unless the other is far ahead, and
+one thread multiplies, since several wait for each other on cores that others use.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mambalm.ops.backends import differentiable, is_plain, needs_grad
 # How much faster the second way must be, what is multiplied to see it, and how often.
 _FAR_AHEAD = 1.5
 _ROWS, _INPUTS, _OUTPUTS = 128, 512, 512
-_REPEATS = 5
+_ROUNDS = 15
 MEASURED = f"{_ROWS} x {_INPUTS} by {_INPUTS} x {_OUTPUTS}"
 
 Way = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -71,21 +72,22 @@ def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def measured(dtype: torch.dtype) -> dict[str, float]:
-    """Milliseconds that each way takes for a small product, the best of a few; empty where there is no choice."""
+    """Milliseconds of one thread for a small product by each way, the best of a few in turn; empty without a choice."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, _INPUTS, generator=generator).to(dtype) for n in (_ROWS, _OUTPUTS))
-    return {name: _best(lambda way=way: way(x, weight, None)) for name, way in _ways(dtype).items()}  # type: ignore[misc]
-
-
-@torch.no_grad()
-def _best(call: Callable[[], object]) -> float:
-    call()
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return min(times)
+    times: dict[str, list[float]] = {name: [] for name in _ways(dtype)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(1 + _ROUNDS):
+            for name, way in _ways(dtype).items():
+                start = time.perf_counter()
+                with torch.no_grad():
+                    way(x, weight, None)
+                times[name].append(1000 * (time.perf_counter() - start))
+    finally:
+        torch.set_num_threads(threads)
+    return {name: min(found[1:]) for name, found in times.items()}
 
 
 @functools.cache

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+
+from mambalm.ops.linear import measured
 
 # bfloat16 costs casts around every product and some accuracy: it has to win clearly.
 _WORTHWHILE = 1.5
@@ -55,21 +55,11 @@ def policy(name: str, device: torch.device) -> Policy:
     raise ValueError(f"unknown precision {name!r}: choose bf16, fp16, v100 or fp32")
 
 
-def fastest_dtype(rows: int = 1024, width: int = 512) -> torch.dtype:
-    """bfloat16 if this CPU multiplies matrices (rows, width) x (width, width) much faster in it, else float32.
+def fastest_dtype() -> torch.dtype:
+    """bfloat16 if this CPU multiplies matrices much faster in it, else float32.
 
     Measured, in some milliseconds: instruction sets do not tell, since some CPUs have the instructions and are slow.
     """
-    floats = torch.ones(rows, width), torch.ones(width, width)
-    halves = floats[0].bfloat16(), floats[1].bfloat16()
-    return torch.bfloat16 if _best_time(*floats) > _WORTHWHILE * _best_time(*halves) else torch.float32
-
-
-def _best_time(a: Tensor, b: Tensor, repeats: int = 5) -> float:
-    """The shortest time of a product in seconds; the first, which sets things up, does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    halves = measured(torch.bfloat16)
+    floats = min(halves["float32"], *measured(torch.float32).values())
+    return torch.bfloat16 if floats > _WORTHWHILE * halves["bfloat16"] else torch.float32
