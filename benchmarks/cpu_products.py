@@ -26,9 +26,9 @@ BYTES = 256 * 2**20  # of float32 weights, and less in few bits
 
 def sides(weights: list[Tensor], x: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
     """For each kernel a function that multiplies all weights with x, and the bytes that it reads."""
-    out = torch.empty(weights[0].shape[0])
+    out, column = torch.empty(1, weights[0].shape[0]), x[None]
     team = Team()
-    half, rows = [weight.bfloat16() for weight in weights], x.bfloat16()[None]
+    half, rows = [weight.bfloat16() for weight in weights], column.bfloat16()
     found: dict[str, tuple[Callable[[], object], int]] = {}
 
     def ours(name: str, jobs: list[list], size: int) -> None:
@@ -36,13 +36,13 @@ def sides(weights: list[Tensor], x: Tensor) -> dict[str, tuple[Callable[[], obje
         found[f"ours {name}"] = (lambda: job_list.run(team), size)
 
     count = sum(weight.numel() for weight in weights)
-    ours("float32", [products.plain(weight, None, x, out) for weight in weights], 4 * count)
-    ours("bfloat16", [products.plain(weight, None, x, out) for weight in half], 2 * count)
+    ours("float32", [products.plain(weight, None, column, out) for weight in weights], 4 * count)
+    ours("bfloat16", [products.plain(weight, None, column, out) for weight in half], 2 * count)
     for bits in (8, 4):
         packed = [quantize(weight, bits) for weight in weights]
         size = sum(part.values.nbytes + part.scales.nbytes for part in packed)
-        ours(f"int{bits}", [products.packed(part, None, x, out) for part in packed], size)
-    found["torch float32"] = (lambda: [F.linear(x[None], weight) for weight in weights], 4 * count)
+        ours(f"int{bits}", [products.packed(part, None, column, out) for part in packed], size)
+    found["torch float32"] = (lambda: [F.linear(column, weight) for weight in weights], 4 * count)
     found["torch bfloat16"] = (lambda: [F.linear(rows, weight) for weight in half], 2 * count)
     eight = [(weight * 10).round().clamp(-127, 127).to(torch.int8) for weight in weights]
     scales = torch.rand(weights[0].shape[0]).bfloat16()

@@ -28,10 +28,10 @@ WIDE: dict[str, dict[str, Any]] = {
 def walk(model: MambalmForCausalLM, step: CPUStep, state: State, length: int) -> tuple[float, State]:
     """The largest relative error of the logits over a walk, and the model's own state after it."""
     worst = 0.0
-    for token in tokens(length, 1, seed=3):
-        output = model(token[None], cache_params=state, use_cache=True)
+    for column in tokens(length, state.batch_size, seed=3):
+        output = model(column[:, None], cache_params=state, use_cache=True)
         state = output.cache_params
-        worst = max(worst, relative_error(step(token), output.logits[0]))
+        worst = max(worst, relative_error(step(column), output.logits[:, 0]))
     return worst, state
 
 
@@ -43,12 +43,12 @@ def state_error(found: State, expected: State) -> float:
 
 
 @pytest.mark.parametrize("name", STOCK)
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("wide", "rows"), [(False, 1), (True, 1), (False, 3), (True, 4)])
 @torch.no_grad()
-def test_the_step_is_the_model(name: str, wide: bool) -> None:
+def test_the_step_is_the_model(name: str, wide: bool, rows: int) -> None:
     model = FAMILIES[name].model(**WIDE[name] if wide else {})
     assert refusal(model) is None
-    before = model(tokens(1, 7), cache_params=model.init_state(1), use_cache=True).cache_params
+    before = model(tokens(rows, 7), cache_params=model.init_state(rows), use_cache=True).cache_params
     kept = before.clone()
     step = CPUStep(model, before)
     error, expected = walk(model, step, before, 9)
@@ -77,8 +77,20 @@ def test_half_precision_is_no_worse_than_the_model(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_quantised_models(name: str, quantization: str) -> None:
     model = quantize_model(FAMILIES[name].model(**WIDE[name]), quantization)
-    error, _ = walk(model, CPUStep(model, model.init_state(1)), model.init_state(1), 5)
+    error, _ = walk(model, CPUStep(model, model.init_state(3)), model.init_state(3), 5)
     assert error < 1e-3  # both round x to 16 bits, but not the same x
+
+
+@pytest.mark.parametrize("name", STOCK)
+@torch.no_grad()
+def test_rows_change_places(name: str) -> None:
+    model, order = FAMILIES[name].model(**WIDE[name]), torch.tensor([2, 0, 0])
+    before = model(tokens(3, 5), cache_params=model.init_state(3), use_cache=True).cache_params
+    step = CPUStep(model, before)
+    step.reorder(order)
+    assert state_error(step.state(), before.index(order)) == 0
+    error, _ = walk(model, step, before.index(order), 3)
+    assert error < FLOAT32
 
 
 class Doubled(nn.Module):

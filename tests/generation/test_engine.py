@@ -204,7 +204,7 @@ def test_a_reader_steps_as_the_model_does(tiny_model: PreTrainedModel) -> None:
 
 
 def test_how_it_runs_is_said(tiny_model: PreTrainedModel) -> None:
-    assert Engine(tiny_model).explain() == "the CPU step, batches eagerly"
+    assert Engine(tiny_model).explain() == "the CPU step, batches of more than 4 rows eagerly"
     assert Engine(FAMILIES["hybrid"].model()).explain().startswith("eager (a layer is more than")
 
 

@@ -69,16 +69,16 @@ def test_a_cast_of_the_model_leaves_the_packed_weight_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4, 16), (7, 48), (130, 96)])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_product_is_the_weight_times_x(dtype: torch.dtype, shape: tuple[int, int], threads: int) -> None:
+@pytest.mark.parametrize(("threads", "rows"), [(1, 1), (3, 1), (1, 3), (3, 6)])
+def test_a_product_is_the_weight_times_x(dtype: torch.dtype, shape: tuple[int, int], threads: int, rows: int) -> None:
     weight, bias, x, y = (
         torch.randn(shape).to(dtype),
         torch.randn(shape[0]),
-        torch.randn(shape[1]),
-        torch.randn(shape[0]),
+        torch.randn(rows, shape[1] + 16)[:, :-16],  # the rows need not lie side by side
+        torch.randn(rows, shape[0]),
     )
-    expected = weight.double() @ x.double() + bias
-    added = y.double() + weight.double() @ x.double()
+    expected = x.double() @ weight.double().T + bias
+    added = y.double() + x.double() @ weight.double().T
     out = torch.empty_like(y)
     jobs = JobList([*products.plain(weight, bias, x, out), *products.plain(weight, None, x, y, added=True)])
     before = torch.get_num_threads()
@@ -95,4 +95,4 @@ def test_weights_that_no_product_reads_are_named() -> None:
     assert products.refuses(torch.randn(4, 16)) is None
     assert "float16" in str(products.refuses(torch.randn(4, 16).half()))
     assert "columns" in str(products.refuses(torch.randn(4, 17)))
-    assert "rows" in str(products.refuses(torch.randn(3, 16)))
+    assert "contiguous" in str(products.refuses(torch.randn(16, 32).T))

@@ -1,6 +1,6 @@
-"""One token of one sequence on a CPU, as a list of jobs on memory that this step owns.
+"""One token of each of a few sequences on a CPU, as a list of jobs on memory that this step owns.
 
-What `model(token, cache_params=state)` computes, without what it costs around the mathematics: each job is a kernel of
+What `model(tokens, cache=state)` computes, without what it costs around the mathematics: each job is a kernel of
 the ops' CPU backends on fixed buffers, and a team of threads goes through the list. A projection is a job where its
 weight is read as it is (`nn.Linear` without hooks, `QuantizedLinear`); any other, such as a LoRA's, is called as the
 module that it is, between two lists. Activations are float32 whatever the model's dtype.
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mambalm.ops.numba_team import Job, Team
 
 _HALF = (torch.bfloat16, torch.float16)
+# Rows that share one reading of the weights; more are the business of matrix products.
+MOST_ROWS = 4
 
 
 def refusal(model: MambalmForCausalLM) -> str | None:
@@ -55,11 +57,11 @@ def _block_refusal(block: Any) -> str | None:
 
 
 class CPUStep:
-    """Reads tokens one by one; `state` is what was read.
+    """Reads a token per row, again and again; `state` is what was read.
 
     Args:
         model: `refusal(model)` is None. Its weights are read where they are: they must not be replaced meanwhile.
-        state: of one row; it is copied.
+        state: of the rows; it is copied.
     """
 
     def __init__(self, model: MambalmForCausalLM, state: State) -> None:
@@ -69,29 +71,35 @@ class CPUStep:
         self._team = Team()
         self._position = state.position.clone()
         hidden = model.config.hidden_size
-        self._stream = torch.zeros(hidden)
+        rows = state.batch_size
+        self._stream = torch.zeros(rows, hidden)
         plan = _Plan()
         blocks: Any = model.backbone.layers
         self._layers = [
             (_Mamba if isinstance(block.mixer, Mamba) else _Mamba2)(plan, block, self._stream, before)
             for block, before in zip(blocks, state.layers, strict=True)
         ]
-        self._logits = torch.zeros(model.config.vocab_size)
+        self._logits = torch.zeros(rows, model.config.vocab_size)
         norm: Any = model.backbone.norm_f
         plan.project(model.lm_head, plan.norm(norm, self._stream), self._logits)
         self._runs = plan.runs()
 
     @torch.no_grad()
-    def __call__(self, token: Tensor) -> Tensor:
-        """Read a token (1); the logits after it (1, v) float32, overwritten by the next call."""
-        self._stream.copy_(self._embeddings(token)[0])
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Read a token per row (b); the logits after it (b, v) float32, overwritten by the next call."""
+        self._stream.copy_(self._embeddings(tokens))
         for run in self._runs:
             run(self._team)
         self._position += 1
-        return self._logits[None]
+        return self._logits
 
+    @torch.no_grad()
     def reorder(self, rows: Tensor) -> None:
-        """Nothing: there is one row."""
+        """Let row i be what row `rows[i]` was."""
+        self._position = self._position[rows]
+        for layer in self._layers:
+            for state in layer.states():
+                state.copy_(state[rows])
 
     def state(self) -> State:
         """A copy of what was read, as the model takes it."""
@@ -108,13 +116,13 @@ class _Plan:
         self._steps.extend(jobs)
 
     def norm(self, norm: RMSNorm, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """The normalised x (d)."""
-        y = torch.zeros_like(x)
+        """The normalised x (b, d)."""
+        y = torch.zeros(x.shape)
         self._norm(x, norm.weight, y, norm.eps, gate, norm.group_size or 0)
         return y
 
     def norm_in_place(self, x: Tensor, eps: float) -> None:
-        """Normalise x (d) without a weight."""
+        """Normalise x (b, d) without a weight."""
         self._norm(x, None, x, eps, None, 0)
 
     def _norm(self, x: Tensor, weight: Tensor | None, y: Tensor, eps: float, gate: Tensor | None, size: int) -> None:
@@ -123,7 +131,7 @@ class _Plan:
         self.add(numba_steps.norm(x, None if weight is None else _vector(weight), y, eps, gate, size))
 
     def project(self, module: Any, x: Tensor, y: Tensor, *, added: bool = False) -> None:
-        """y (out) = module(x), or added to y."""
+        """y (b, out) = module(x), or added to y."""
         from mambalm.quantization import products
 
         if type(module) is QuantizedLinear and not hooked(module):
@@ -161,7 +169,7 @@ def _module_call(module: nn.Module, x: Tensor, y: Tensor, added: bool) -> Callab
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
     def call(team: Team) -> None:
-        out = module(x.to(dtype)[None, None]).view(-1)
+        out = module(x.to(dtype)[:, None])[:, 0]
         if added:
             y.add_(out)
         else:
@@ -177,15 +185,15 @@ class _Convolution:
         from mambalm.ops import numba_steps
 
         self._dtype = before.dtype
-        self._kept = before[0].T.float().contiguous()
-        self.y = torch.zeros_like(x)
-        bias = torch.zeros_like(x) if conv.bias is None else _vector(conv.bias)
+        self.kept = before.mT.float().contiguous()
+        self.y = torch.zeros(x.shape)
+        bias = torch.zeros(x.shape[1]) if conv.bias is None else _vector(conv.bias)
         weight = _vector(conv.weight.squeeze(1).T)
-        plan.add(numba_steps.conv_silu(x, self._kept, weight, bias, self.y))
+        plan.add(numba_steps.conv_silu(x, self.kept, weight, bias, self.y))
 
     def state(self) -> Tensor:
-        """(1, d, k - 1)"""
-        return self._kept.T[None].to(self._dtype, memory_format=torch.contiguous_format, copy=True)
+        """(b, d, k - 1)"""
+        return self.kept.mT.to(self._dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 class _Mamba:
@@ -196,9 +204,9 @@ class _Mamba:
 
         mixer: Any = block.mixer
         d, n, rank = mixer.d_inner, mixer.d_state, mixer.dt_rank
-        inner, low, step, y = torch.zeros(2 * d), torch.zeros(rank + 2 * n), torch.zeros(d), torch.zeros(d)
-        u, z = inner.split(d)
-        delta, B, C = low.split([rank, n, n])
+        inner, low, step, y = (torch.zeros(len(stream), size) for size in (2 * d, rank + 2 * n, d, d))
+        u, z = inner.split(d, 1)
+        delta, B, C = low.split([rank, n, n], 1)
         plan.project(mixer.in_proj, plan.norm(block.norm, stream), inner)
         self._conv = _Convolution(plan, mixer.conv1d, u, before.conv)
         plan.project(mixer.x_proj, self._conv.y, low)
@@ -206,15 +214,19 @@ class _Mamba:
             for part in (delta, B, C):
                 plan.norm_in_place(part, mixer.bcdt_rms_eps)
         plan.project(mixer.dt_proj, delta, step)
-        self._scan = numba_steps.ScanState(-full_precision(mixer.A_log.detach()).exp())
-        self._scan.write(before.ssm[0])
+        self._scan = numba_steps.ScanState(-full_precision(mixer.A_log.detach()).exp(), len(stream))
+        self._scan.write(before.ssm)
         bias = mixer._scan_bias()
         bias = torch.zeros(d) if bias is None else _vector(bias)
         plan.add(numba_steps.selective_scan(self._conv.y, step, B, C, _vector(mixer.D), z, bias, y, self._scan))
         plan.project(mixer.out_proj, y, stream, added=True)
 
     def state(self) -> MambaState:
-        return MambaState(self._conv.state(), self._scan.read()[None])
+        return MambaState(self._conv.state(), self._scan.read())
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """What is kept, the rows first."""
+        return self._conv.kept, self._scan.states
 
 
 class _Mamba2:
@@ -224,12 +236,12 @@ class _Mamba2:
         from mambalm.ops import numba_steps
 
         mixer: Any = block.mixer
-        inner, y = torch.zeros(mixer.in_proj.out_features), torch.zeros(mixer.d_ssm)
-        _, _, z, xBC, dt = inner.split(mixer._split)
+        inner, y = (torch.zeros(len(stream), size) for size in (mixer.in_proj.out_features, mixer.d_ssm))
+        _, _, z, xBC, dt = inner.split(mixer._split, 1)
         plan.project(mixer.in_proj, plan.norm(block.norm, stream), inner)
         self._conv = _Convolution(plan, mixer.conv1d, xBC, before.conv)
-        u, B, C = self._conv.y.split(mixer._split_conv)
-        self._ssm = before.ssm[0].float().clone(memory_format=torch.contiguous_format)
+        u, B, C = self._conv.y.split(mixer._split_conv, 1)
+        self._ssm = before.ssm.float().clone(memory_format=torch.contiguous_format)
         A, bias = _vector(-full_precision(mixer.A_log.detach()).exp()), _vector(mixer.dt_bias)
         D = _vector(mixer.D).expand(mixer.headdim, -1).T.flatten() if not mixer.D_has_hdim else _vector(mixer.D)
         gate = z if mixer.norm is None else None
@@ -239,7 +251,11 @@ class _Mamba2:
         plan.project(mixer.out_proj, y, stream, added=True)
 
     def state(self) -> MambaState:
-        return MambaState(self._conv.state(), self._ssm[None].clone())
+        return MambaState(self._conv.state(), self._ssm.clone())
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """What is kept, the rows first."""
+        return self._conv.kept, self._ssm
 
 
 def _vector(parameter: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Engine:
                 return "captured, fused"
             return f"captured, the model's own forward ({self._generic_because})"
         if self.model.device.type == "cpu" and (reason := cpu_step.refusal(self.model)) is None:
-            return "the CPU step, batches eagerly"
+            return f"the CPU step, batches of more than {cpu_step.MOST_ROWS} rows eagerly"
         return f"eager ({self._eager_because if self.model.device.type != 'cpu' else reason})"
 
     def generate(
@@ -200,7 +200,7 @@ class Engine:
 
     def reader(self, state: State) -> Reader:
         """What reads one token per row on from a state, which stays as it is."""
-        if state.batch_size == 1 and cpu_step.refusal(self.model) is None:
+        if state.batch_size <= cpu_step.MOST_ROWS and cpu_step.refusal(self.model) is None:
             return cpu_step.CPUStep(self.model, state)
         return EagerReader(self.model, state) if self._eager_because is not None else _CapturedReader(self, state)
 
@@ -256,7 +256,7 @@ class _EagerRun:
         self._model, self._logits, self._state, self._chooser = engine.model, logits, state, chooser
         self._rows = list(range(len(logits)))
         self._tokens: Tensor | None = None
-        self._single: cpu_step.CPUStep | None = None
+        self._few: cpu_step.CPUStep | None = None
 
     def next(self, *, is_last: bool) -> tuple[list[int], Choice]:
         """The rows that go on, and their next tokens on the host."""
@@ -267,10 +267,10 @@ class _EagerRun:
         return self._rows, Choice(*(None if part is None else part.cpu() for part in choice))  # type: ignore[arg-type]
 
     def _read(self, tokens: Tensor) -> None:
-        if self._single is None and len(tokens) == 1 and cpu_step.refusal(self._model) is None:
-            self._single = cpu_step.CPUStep(self._model, self._state)
-        if self._single is not None:
-            self._logits = self._single(tokens)
+        if self._few is None and len(tokens) <= cpu_step.MOST_ROWS and cpu_step.refusal(self._model) is None:
+            self._few = cpu_step.CPUStep(self._model, self._state)
+        if self._few is not None:
+            self._logits = self._few(tokens)
         else:
             self._logits, self._state = step(self._model, tokens, self._state)
 
@@ -279,6 +279,8 @@ class _EagerRun:
         if len(rows) == len(self._rows) or self._tokens is None:
             return
         index = torch.tensor([self._rows.index(row) for row in rows], device=self._tokens.device)
+        if self._few is not None:
+            self._state, self._few = self._few.state(), None
         self._tokens, self._state = self._tokens[index], self._state.index(index)
         self._chooser, self._rows = self._chooser.index(index), rows
 

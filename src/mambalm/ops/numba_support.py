@@ -221,19 +221,7 @@ def workers(count: int) -> ThreadPoolExecutor:
 
 
 def _on_threads(threads: int, work: Callable[[], None]) -> None:
-    """``work`` on so many threads at once, the caller's among them; the first error of any is raised here.
-
-    They are torch's own: behind a matrix product those spin for some milliseconds, and other threads would have to
-    share the cores with them (docs/decisions/2026-11-27-cpu-prefill.md). A child that was forked has none of them, and
-    OpenMP would wait for them for ever: it makes threads of its own.
-    """
-    start = _openmp()
-    if start is None or os.getpid() != _home:
-        others = [workers(threads - 1).submit(work) for _ in range(threads - 1)]
-        work()
-        for other in others:
-            other.result()
-        return
+    """``work`` on so many threads at once, the caller's among them; the first error of any is raised here."""
     errors: list[BaseException] = []
 
     def region(_: object) -> None:
@@ -242,9 +230,31 @@ def _on_threads(threads: int, work: Callable[[], None]) -> None:
         except BaseException as error:  # through OpenMP's frames none can pass
             errors.append(error)
 
-    start(_REGION(region), None, threads, 0)
+    in_region(threads, _REGION(region))
     if errors:
         raise errors[0]
+
+
+def compiled_region(address: int) -> Callable[..., None]:
+    """What `in_region` takes, of a compiled function of one address."""
+    return _REGION(address)
+
+
+def in_region(threads: int, work: Callable[..., None], argument: int = 0) -> None:
+    """``work(argument)`` on so many threads at once, the caller's among them.
+
+    They are torch's own: behind a matrix product those spin for some milliseconds, and other threads would have to
+    share the cores with them (docs/decisions/2026-11-27-cpu-prefill.md). A child that was forked has none of them, and
+    OpenMP would wait for them for ever: it makes threads of its own.
+    """
+    start = _openmp()
+    if start is not None and os.getpid() == _home:
+        start(work, argument, threads, 0)
+        return
+    others = [workers(threads - 1).submit(work, argument) for _ in range(threads - 1)]
+    work(argument)
+    for other in others:
+        other.result()
 
 
 def parallel(run: Callable[..., Any], jobs: int, work: int, arguments: Sequence[Any]) -> None:

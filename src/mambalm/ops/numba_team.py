@@ -2,9 +2,8 @@
 
 A job is the address of a compiled function and of its arguments, split into chunks that any thread may take. Threads
 hand work over through one counter in memory, so a hand-over costs nanoseconds where a pool's costs tens of
-microseconds. The caller takes chunks as well and waits only for those that others have begun: a team whose threads are
-late, or not there at all, is slow but never stuck. Threads that find no job for about a millisecond go back to the
-pool.
+microseconds. The whole list is one parallel region of torch's own threads, the first of which to come leads. It takes
+chunks as well and waits only for those that others have begun: a thread that is late costs what it did not do.
 """
 
 import platform
@@ -20,13 +19,14 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from mambalm.ops.numba_support import FAST, workers
+from mambalm.ops.numba_support import FAST, compiled_region, in_region
 
 _I64 = ir.IntType(64)
-# Words of the shared memory, a cache line apart: chunks that nobody took yet, chunks done, threads in `_serve`.
-_LEFT, _DONE, _SERVING, _FUNCTION, _ARGUMENTS = 0, 8, 16, 24, 25
-_WORDS = 32
-_PATIENCE = 20_000  # spins without work before a thread leaves
+# Words of the shared memory, those that change by the job a cache line apart: chunks that nobody took yet, chunks done,
+# the job; threads that have come, whether the list is done, the list.
+_LEFT, _DONE, _FUNCTION, _ARGUMENTS = 0, 8, 16, 17
+_ARRIVED, _FINISHED, _TABLE, _JOBS = 24, 32, 33, 34
+_WORDS = 40
 _PAUSE = {
     "x86_64": ("llvm.x86.sse2.pause", ()),
     "AMD64": ("llvm.x86.sse2.pause", ()),
@@ -61,14 +61,14 @@ def job(function: Callable[..., None]) -> Any:
 
 
 def make(function: Any, chunks: int, *arguments: torch.Tensor | np.ndarray | int | float | None) -> Job:
-    """A job on contiguous tensors and arrays (by address; None is 0), integers, and floats."""
+    """A job on tensors with contiguous rows and contiguous arrays (by address; None is 0), integers, and floats."""
     values = [_word(argument) for argument in arguments]
     return Job(function, np.array(values, np.int64), chunks, arguments)
 
 
 def _word(argument: torch.Tensor | np.ndarray | int | float | None) -> int:
     if isinstance(argument, torch.Tensor):
-        assert argument.is_contiguous()
+        assert (argument[0] if argument.dim() > 1 else argument).is_contiguous()
         return argument.data_ptr()
     if isinstance(argument, np.ndarray):
         assert argument.flags.c_contiguous
@@ -198,23 +198,19 @@ def _take(shared):  # type: ignore[no-untyped-def]
     return -1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _serve(shared):  # type: ignore[no-untyped-def]
-    """Work on whatever jobs come, until none has come for a while."""
-    idle = 0
-    while idle < _PATIENCE:
+    """Work on whatever jobs come, until the list is done."""
+    while not _read(shared, _FINISHED):
         chunk = _take(shared)
         if chunk >= 0:
             _call(_read(shared, _FUNCTION), chunk, _read(shared, _ARGUMENTS))
             _add(shared, _DONE, 1)
-            idle = 0
         else:
             _pause()
-            idle += 1
-    _add(shared, _SERVING, -1)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _run(jobs, shared):  # type: ignore[no-untyped-def]
     """All jobs (count, 3) one after the other: address of the function, of its arguments, chunks."""
     for i in range(jobs.shape[0]):
@@ -236,6 +232,20 @@ def _run(jobs, shared):  # type: ignore[no-untyped-def]
             _pause()
 
 
+@cfunc(types.void(types.int64), nopython=True, cache=True)
+def _work(shared):  # type: ignore[no-untyped-def]
+    """What each thread does: the first to come leads, the others serve."""
+    if _add(shared, _ARRIVED, 1) == 0:
+        count = _read(shared, _JOBS)
+        _run(carray(_pointer(_read(shared, _TABLE)), (count, 3), np.int64), shared)
+        _write(shared, _FINISHED, 1)
+    else:
+        _serve(shared)
+
+
+_WORK = compiled_region(_work.address)
+
+
 class JobList:
     """Jobs that are run in order, again and again, on torch's number of threads."""
 
@@ -247,36 +257,22 @@ class JobList:
     def run(self, team: "Team") -> None:
         """Run all jobs; done when this returns. A team works for one caller at a time, the others wait."""
         with team.lock:
-            team.call_in()
-            _run(self._table, team.address)
+            team.run(self._table)
 
 
 class Team:
-    """The memory that a caller and the threads that help it share."""
+    """The memory that the threads share which work on a list."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._shared = np.zeros(_WORDS + 8, np.int64)
+        shared = np.zeros(_WORDS + 8, np.int64)
         # The words must not share a cache line with each other: start on one.
-        self.address = -(-self._shared.ctypes.data // 64) * 64
+        first = -shared.ctypes.data % 64 // 8
+        self._shared = shared[first : first + _WORDS]
 
-    def call_in(self) -> None:
-        """See that torch's number of threads, less the caller, are working."""
-        others = torch.get_num_threads() - 1
-        for _ in range(others - _serving(self.address)):
-            _join(self.address)
-            workers(others).submit(_keep_serving, self._shared, self.address)
-
-
-def _keep_serving(owner: np.ndarray, address: int) -> None:
-    _serve(address)
-
-
-@njit(cache=True)
-def _serving(shared):  # type: ignore[no-untyped-def]
-    return _read(shared, _SERVING)
-
-
-@njit(cache=True)
-def _join(shared):  # type: ignore[no-untyped-def]
-    _add(shared, _SERVING, 1)
+    def run(self, table: np.ndarray) -> None:
+        """Run the jobs (count, 3) of a list: address of the function, of its arguments, chunks."""
+        words = self._shared
+        words[_TABLE], words[_JOBS] = table.ctypes.data, len(table)
+        words[_FINISHED] = words[_ARRIVED] = 0
+        in_region(torch.get_num_threads(), _WORK, words.ctypes.data)

@@ -1,9 +1,10 @@
-"""Matrix times vector at the speed of memory, for weights in float32, bfloat16, 8 and 4 bits.
+"""Matrix times a vector, or up to COLUMNS of them, at the speed of memory: weights in float32, bfloat16, 8 and 4 bits.
 
 The innermost loops are written in LLVM's vectors, which every processor has or is given in pieces: left to itself, LLVM
-does not vectorise products of small integers. ROWS outputs are computed together and share the loads of x; the next
-weights are fetched into cache long before they are multiplied, which is worth a factor of two to a single core. Weights
-of few bits meet an x rounded to 16 bits in integers (pmaddwd, or vpdpwssd where there is VNNI: LLVM knows the pattern).
+does not vectorise products of small integers. A thread reads its weights from one end to the other, which memory
+answers a quarter faster than four rows at once, and fetches them into cache long before they are multiplied. Packed
+weights lie so that ROWS outputs are computed together and share the loads of x; they meet an x rounded to 16 bits in
+integers (pmaddwd, or vpdpwssd where there is VNNI: LLVM knows the pattern).
 """
 
 import numpy as np
@@ -17,7 +18,10 @@ from mambalm.ops.numba_team import floats_at, job, shorts_at, words_at
 from mambalm.quantization.layout import ROWS
 
 LANES = 16
-AHEAD = 4096  # bytes from a packed weight to what is fetched meanwhile
+COLUMNS = 4  # vectors that share a reading of the weights
+_AHEAD = 4096  # bytes from a weight to what is fetched meanwhile
+_LINE = 64
+_UNROLLED = 4  # vectors of a plain row per turn
 _LARGEST = f32(32767)
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(size) for size in (8, 16, 32, 64))
 
@@ -59,14 +63,12 @@ def _multiply_add_pairs(builder, a, b, c):  # type: ignore[no-untyped-def]
     return builder.add(c, builder.add(even, odd))
 
 
-def _float32(builder, weights, scales, x, offset, row, total):  # type: ignore[no-untyped-def]
-    return _multiply_add(builder, _load(builder, weights, 0, _vector(_F32)), x[0], total)
-
-
-def _bfloat16(builder, weights, scales, x, offset, row, total):  # type: ignore[no-untyped-def]
-    bits = builder.zext(_load(builder, weights, 0, _vector(_I16)), _vector(_I32))
-    weight = builder.bitcast(builder.shl(bits, _constant(_I32, 16)), _vector(_F32))
-    return _multiply_add(builder, weight, x[0], total)
+def _widened(builder, address, offset, kind):  # type: ignore[no-untyped-def]
+    """A vector of float32, or of bfloat16 as float32."""
+    if kind is _F32:
+        return _load(builder, address, offset, _vector(_F32))
+    bits = builder.zext(_load(builder, address, offset // 2, _vector(_I16)), _vector(_I32))
+    return builder.bitcast(builder.shl(bits, _constant(_I32, 16)), _vector(_F32))
 
 
 def _add_group(builder, part, scales, index, total):  # type: ignore[no-untyped-def]
@@ -99,127 +101,218 @@ def _int4(builder, weights, scales, x, offset, row, total):  # type: ignore[no-u
     return total
 
 
-def _dot(vectors, lanes, scale_bytes, add):  # type: ignore[no-untyped-def]
-    """An intrinsic: ROWS sums over ``turns`` turns; row r of turn t is at weights + r * row_stride + t * turn_stride.
+def _sum_up(context, builder, totals, result):  # type: ignore[no-untyped-def]
+    """The sums of vectors, as a tuple."""
+    kind = ir.FunctionType(_F32, [_F32, _vector(_F32)])
+    add_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+    zero = ir.Constant(_F32, -0.0)
+    sums = [builder.call(add_up, [zero, builder.load(total)], fastmath=("reassoc",)) for total in totals]
+    return context.make_tuple(builder, result, sums)
 
-    A turn reads ``vectors`` of x (16 float32 or 32 int16), ``scale_bytes`` of scales per row, and does ``add``.
-    """
 
-    def prepared(builder, loop, arguments):  # type: ignore[no-untyped-def]
-        weights, _, turn_stride, _, scales, x, offset, _ = arguments
+def _columns(builder, address, stride, last, count):  # type: ignore[no-untyped-def]
+    """The addresses of ``count`` columns; ``last`` is the last that there is, and stands in for those after it."""
+    for c in range(count):
+        there = builder.icmp_signed("<", _I64(c), last)
+        yield builder.add(address, builder.mul(builder.select(there, _I64(c), last), stride))
 
-        def at(base, stride):  # type: ignore[no-untyped-def]
-            return builder.add(base, builder.mul(loop.index, stride))
 
-        kind = _vector(_F32) if lanes == LANES else _vector(_I16, lanes)
-        start = at(x, _I64(64 * vectors))
-        inputs = [_load(builder, start, 64 * k, kind) for k in range(vectors)]
-        return at(weights, turn_stride), at(scales, _I64(ROWS * scale_bytes)), inputs, at(offset, _I64(8 * LANES))
+def _plain_dot(kind, columns):  # type: ignore[no-untyped-def]
+    """An intrinsic: the products of a row of ``count`` vectors, float32 or bfloat16, with each of the columns of x."""
+    size = LANES * (4 if kind is _F32 else 2)
+
+    def turn(builder, row, inputs, index, vectors, totals):  # type: ignore[no-untyped-def]
+        here = builder.add(row, builder.mul(index, _I64(size)))
+        for line in range(0, size * vectors, _LINE):
+            _fetch(builder, builder.add(here, _I64(_AHEAD + line)))
+        for k in range(vectors):
+            weight = _widened(builder, here, 4 * LANES * k, kind)
+            for c, x in enumerate(inputs):
+                values = _load(
+                    builder, builder.add(x, builder.mul(index, _I64(4 * LANES))), 4 * LANES * k, _vector(_F32)
+                )
+                total = totals[c * _UNROLLED + k]
+                builder.store(_multiply_add(builder, weight, values, builder.load(total)), total)
 
     @intrinsic
-    def dot(context, weights, row_stride, turn_stride, ahead, scales, x, offset, turns):  # type: ignore[no-untyped-def]
-        result = types.UniTuple(types.float32, ROWS)
+    def dot(context, row, x, x_stride, x_last, count):  # type: ignore[no-untyped-def]
+        result = types.UniTuple(types.float32, columns)
 
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            totals = [cgutils.alloca_once_value(builder, _constant(_F32, 0.0)) for _ in range(ROWS)]
-            with cgutils.for_range(builder, arguments[-1], intp=_I64) as loop:
-                here, scale, inputs, start = prepared(builder, loop, arguments)
-                for r, total in enumerate(totals):
-                    row = builder.add(here, builder.mul(arguments[1], _I64(r)))
-                    _fetch(builder, builder.add(row, arguments[3]))
-                    builder.store(add(builder, row, scale, inputs, start, r, builder.load(total)), total)
-            kind = ir.FunctionType(_F32, [_F32, _vector(_F32)])
-            add_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
-            zero = ir.Constant(_F32, -0.0)
-            sums = [builder.call(add_up, [zero, builder.load(t)], fastmath=("reassoc",)) for t in totals]
-            return context.make_tuple(builder, result, sums)
+            row, x, stride, last, count = arguments
+            totals = [cgutils.alloca_once_value(builder, _constant(_F32, 0.0)) for _ in range(columns * _UNROLLED)]
+            inputs = list(_columns(builder, x, stride, last, columns))
+            whole = builder.sdiv(count, _I64(_UNROLLED))
+            with cgutils.for_range(builder, whole, intp=_I64) as loop:
+                turn(builder, row, inputs, builder.mul(loop.index, _I64(_UNROLLED)), _UNROLLED, totals)
+            done = builder.mul(whole, _I64(_UNROLLED))
+            with cgutils.for_range(builder, builder.sub(count, done), intp=_I64) as loop:
+                turn(builder, row, inputs, builder.add(done, loop.index), 1, totals)
+            for c in range(columns):
+                first, *others = totals[c * _UNROLLED : (c + 1) * _UNROLLED]
+                for other in others:
+                    builder.store(builder.fadd(builder.load(first), builder.load(other)), first)
+            return _sum_up(context, builder, totals[::_UNROLLED], result)
+
+        return result(*[types.int64] * 5), generate
+
+    return dot
+
+
+def _packed_dot(vectors, scale_bytes, add, columns):  # type: ignore[no-untyped-def]
+    """An intrinsic: the products of ROWS packed rows with each of the columns of x, a column's side by side.
+
+    A turn reads ``vectors`` of x (32 int16), per row 64 bytes of weights and ``scale_bytes`` of scales, and does ``add``.
+    """
+
+    @intrinsic
+    def dot(context, weights, scales, x, x_stride, offset, offset_stride, x_last, turns):  # type: ignore[no-untyped-def]
+        result = types.UniTuple(types.float32, ROWS * columns)
+
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            weights, scales, x, x_stride, offset, offset_stride, last, turns = arguments
+            totals = [cgutils.alloca_once_value(builder, _constant(_F32, 0.0)) for _ in range(ROWS * columns)]
+            inputs = list(_columns(builder, x, x_stride, last, columns))
+            starts = list(_columns(builder, offset, offset_stride, last, columns))
+            with cgutils.for_range(builder, turns, intp=_I64) as loop:
+
+                def at(base, size):  # type: ignore[no-untyped-def]
+                    return builder.add(base, builder.mul(loop.index, _I64(size)))
+
+                here, scale = at(weights, ROWS * _LINE), at(scales, ROWS * scale_bytes)
+                for r in range(ROWS):
+                    row = builder.add(here, _I64(r * _LINE))
+                    _fetch(builder, builder.add(row, _I64(_AHEAD)))
+                    for c in range(columns):
+                        column = at(inputs[c], _LINE * vectors)
+                        values = [_load(builder, column, _LINE * k, _vector(_I16, 2 * LANES)) for k in range(vectors)]
+                        total = totals[c * ROWS + r]
+                        start = at(starts[c], 8 * LANES)
+                        builder.store(add(builder, row, scale, values, start, r, builder.load(total)), total)
+            return _sum_up(context, builder, totals, result)
 
         return result(*[types.int64] * 8), generate
 
     return dot
 
 
-_dot_float32, _dot_bfloat16 = _dot(1, LANES, 0, _float32), _dot(1, LANES, 0, _bfloat16)
-_dot_int8, _dot_int4 = _dot(2, 2 * LANES, 2, _int8), _dot(4, 2 * LANES, 4, _int4)
+_float32_1, _float32_4 = _plain_dot(_F32, 1), _plain_dot(_F32, COLUMNS)
+_bfloat16_1, _bfloat16_4 = _plain_dot(_I16, 1), _plain_dot(_I16, COLUMNS)
+_int8_1, _int8_4 = _packed_dot(2, 2, _int8, 1), _packed_dot(2, 2, _int8, COLUMNS)
+_int4_1, _int4_4 = _packed_dot(4, 4, _int4, 1), _packed_dot(4, 4, _int4, COLUMNS)
 
-# The arguments of a product: addresses (0: none), flags, sizes and distances in bytes, in this order. Output row r is
-# at WEIGHT + r ROW_BYTES for the first of a block; the others of the block, and their turns, are STRIDEs away. FACTOR
-# is the address of what all sums are multiplied with.
-WEIGHT, SCALES, X, OFFSET, FACTOR, Y, BIAS, ADDED, OUT = range(9)
-ROWS_STORED, ROW_BYTES, SCALE_BYTES, ROW_STRIDE, TURN_STRIDE, FETCHED, TURNS, PER_CHUNK = range(9, 17)
-
-
-@njit(nogil=True, inline="always")
-def _blocks(chunk, a):  # type: ignore[no-untyped-def]
-    return chunk * a[PER_CHUNK], min((chunk + 1) * a[PER_CHUNK], (a[OUT] + ROWS - 1) // ROWS)
+# The arguments of a product: addresses (0: none), distances between columns in bytes, flags and sizes, in this order.
+# FACTOR is the address of what the sums of each column are multiplied with.
+WEIGHT, ROW_BYTES, SCALES, SCALE_BYTES, X, X_STRIDE, OFFSET, OFFSET_STRIDE, FACTOR = range(9)
+Y, Y_STRIDE, BIAS, ADDED, OUT, TURNS, PER_CHUNK, LAST_COLUMN = range(9, 17)
 
 
 @njit(nogil=True, inline="always")
-def _first(block, a):  # type: ignore[no-untyped-def]
-    """The last block begins early if it would not be full."""
-    return min(block * ROWS, a[ROWS_STORED] - ROWS)
+def _share(chunk, count, a):  # type: ignore[no-untyped-def]
+    return chunk * a[PER_CHUNK], min((chunk + 1) * a[PER_CHUNK], count)
 
 
 @njit(nogil=True, inline="always")
-def _finish(block, sums, a):  # type: ignore[no-untyped-def]
-    first = _first(block, a)
-    y, bias = floats_at(a[Y], a[OUT]), floats_at(a[BIAS], a[OUT])
-    factor = floats_at(a[FACTOR], 1)[0]
-    for r in range(block * ROWS - first, min(ROWS, a[OUT] - first)):
-        value = sums[r] * factor
-        if a[BIAS]:
-            value += bias[first + r]
-        if a[ADDED]:
-            value += y[first + r]
-        y[first + r] = value
+def _finish(first, rows, sums, a):  # type: ignore[no-untyped-def]
+    bias, factors = floats_at(a[BIAS], a[OUT]), floats_at(a[FACTOR], a[LAST_COLUMN] + 1)
+    for c in range(a[LAST_COLUMN] + 1):
+        y = floats_at(a[Y] + c * a[Y_STRIDE], a[OUT])
+        for r in range(min(rows, a[OUT] - first)):
+            value = sums[c * rows + r] * factors[c]
+            if a[BIAS]:
+                value += bias[first + r]
+            if a[ADDED]:
+                value += y[first + r]
+            y[first + r] = value
+
+
+@njit(nogil=True, inline="always")
+def _plain(dot, row, a):  # type: ignore[no-untyped-def]
+    _finish(row, 1, dot(a[WEIGHT] + row * a[ROW_BYTES], a[X], a[X_STRIDE], a[LAST_COLUMN], a[TURNS]), a)
+
+
+@njit(nogil=True, inline="always")
+def _packed(dot, block, a):  # type: ignore[no-untyped-def]
+    row = block * ROWS
+    weights, scales = a[WEIGHT] + row * a[ROW_BYTES], a[SCALES] + row * a[SCALE_BYTES]
+    inputs = (a[X], a[X_STRIDE], a[OFFSET], a[OFFSET_STRIDE], a[LAST_COLUMN], a[TURNS])
+    _finish(row, ROWS, dot(weights, scales, *inputs), a)
 
 
 @job
 def float32(chunk, a):  # type: ignore[no-untyped-def]
     """y = W x + bias, or added to y, for a chunk of W's rows."""
-    begin, end = _blocks(chunk, a)
-    for block in range(begin, end):
-        row = a[WEIGHT] + _first(block, a) * a[ROW_BYTES]
-        _finish(block, _dot_float32(row, a[ROW_STRIDE], a[TURN_STRIDE], a[FETCHED], 0, a[X], 0, a[TURNS]), a)
+    begin, end = _share(chunk, a[OUT], a)
+    for row in range(begin, end):
+        _plain(_float32_1, row, a)
+
+
+@job
+def float32_columns(chunk, a):  # type: ignore[no-untyped-def]
+    """The same for up to COLUMNS x."""
+    begin, end = _share(chunk, a[OUT], a)
+    for row in range(begin, end):
+        _plain(_float32_4, row, a)
 
 
 @job
 def bfloat16(chunk, a):  # type: ignore[no-untyped-def]
     """The same for a weight in bfloat16; x, bias and y are float32."""
-    begin, end = _blocks(chunk, a)
-    for block in range(begin, end):
-        row = a[WEIGHT] + _first(block, a) * a[ROW_BYTES]
-        _finish(block, _dot_bfloat16(row, a[ROW_STRIDE], a[TURN_STRIDE], a[FETCHED], 0, a[X], 0, a[TURNS]), a)
+    begin, end = _share(chunk, a[OUT], a)
+    for row in range(begin, end):
+        _plain(_bfloat16_1, row, a)
+
+
+@job
+def bfloat16_columns(chunk, a):  # type: ignore[no-untyped-def]
+    """The same for up to COLUMNS x."""
+    begin, end = _share(chunk, a[OUT], a)
+    for row in range(begin, end):
+        _plain(_bfloat16_4, row, a)
 
 
 @job
 def int8(chunk, a):  # type: ignore[no-untyped-def]
     """The same for a packed weight of 8 bits; x comes from ``prepare``."""
-    begin, end = _blocks(chunk, a)
+    begin, end = _share(chunk, (a[OUT] + ROWS - 1) // ROWS, a)
     for block in range(begin, end):
-        first = _first(block, a)
-        row, scales = a[WEIGHT] + first * a[ROW_BYTES], a[SCALES] + first * a[SCALE_BYTES]
-        _finish(block, _dot_int8(row, a[ROW_STRIDE], a[TURN_STRIDE], a[FETCHED], scales, a[X], a[OFFSET], a[TURNS]), a)
+        _packed(_int8_1, block, a)
+
+
+@job
+def int8_columns(chunk, a):  # type: ignore[no-untyped-def]
+    """The same for up to COLUMNS x."""
+    begin, end = _share(chunk, (a[OUT] + ROWS - 1) // ROWS, a)
+    for block in range(begin, end):
+        _packed(_int8_4, block, a)
 
 
 @job
 def int4(chunk, a):  # type: ignore[no-untyped-def]
     """The same for a packed weight of 4 bits."""
-    begin, end = _blocks(chunk, a)
+    begin, end = _share(chunk, (a[OUT] + ROWS - 1) // ROWS, a)
     for block in range(begin, end):
-        first = _first(block, a)
-        row, scales = a[WEIGHT] + first * a[ROW_BYTES], a[SCALES] + first * a[SCALE_BYTES]
-        _finish(block, _dot_int4(row, a[ROW_STRIDE], a[TURN_STRIDE], a[FETCHED], scales, a[X], a[OFFSET], a[TURNS]), a)
+        _packed(_int4_1, block, a)
+
+
+@job
+def int4_columns(chunk, a):  # type: ignore[no-untyped-def]
+    """The same for up to COLUMNS x."""
+    begin, end = _share(chunk, (a[OUT] + ROWS - 1) // ROWS, a)
+    for block in range(begin, end):
+        _packed(_int4_4, block, a)
 
 
 @job
 def prepare(chunk, a):  # type: ignore[no-untyped-def]
     """x (a[0], of a[1] values) rounded to 16 bits (a[2], of a[3] values: whole turns), and its scale (a[4]).
 
-    For 4 bits also the sums' offset (a[5], lanes for each group), which takes 8 times the inputs away again.
+    For 4 bits also the sums' offset (a[5], lanes for each group), which takes 8 times the inputs away again. A chunk
+    is a column; those of x are a[6] bytes apart.
     """
     size, padded = a[1], a[3]
-    x, rounded, factor = floats_at(a[0], size), shorts_at(a[2], padded), floats_at(a[4], 1)
+    x, rounded = floats_at(a[0] + chunk * a[6], size), shorts_at(a[2] + 2 * chunk * padded, padded)
+    factor = floats_at(a[4] + 4 * chunk, 1)
     largest, poison = f32(0), f32(0)
     for i in range(size):
         largest = max(largest, abs(x[i]))
@@ -230,8 +323,9 @@ def prepare(chunk, a):  # type: ignore[no-untyped-def]
         rounded[i] = np.int16(np.rint(x[i] * scale))
     if not a[5]:
         return
-    offset = words_at(a[5], padded // 64 * LANES)
-    for group in range(padded // 64):
+    groups = padded // 64
+    offset = words_at(a[5] + 4 * chunk * groups * LANES, groups * LANES)
+    for group in range(groups):
         for lane in range(LANES):
             total = np.int32(0)
             for k in (64 * group, 64 * group + 32):

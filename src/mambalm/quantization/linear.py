@@ -15,7 +15,7 @@ from mambalm.quantization.layout import Packed
 if TYPE_CHECKING:
     from mambalm.ops.numba_team import Team
 
-# Up to so many rows of x the packed weight is read once per row; beyond, unpacking it once is cheaper.
+# Up to so many rows of x are multiplied with the packed weight; beyond, unpacking it once is cheaper.
 _FEW = 4
 
 
@@ -83,10 +83,7 @@ class QuantizedLinear(nn.Module):
             return linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         inputs = x.reshape(rows, self.in_features).float().contiguous()
         y = torch.empty(rows, self.out_features)
-        jobs = [
-            job for row, out in zip(inputs, y, strict=True) for job in products.packed(self.packed, self.bias, row, out)
-        ]
-        JobList(jobs).run(_team())
+        JobList(products.packed(self.packed, self.bias, inputs, y)).run(_team())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -26,7 +26,8 @@ def _load(t, begin, document, e, width, x, x_row, initial, row):  # type: ignore
 
 
 @inline
-def _convolve(t, begin, document, e, width, x, x_row, weight, bias, initial, row, out):  # type: ignore[no-untyped-def]
+def convolve(t, begin, document, e, width, x, x_row, weight, bias, initial, row, out):  # type: ignore[no-untyped-def]
+    """Token t of channels e..e + width, without activation; ``row`` is room."""
     taps = weight.shape[0]
     offset = part(bias, e, width)
     for c in range(width):
@@ -52,7 +53,7 @@ def forward(first, last, offsets, tiles, x, x_row, weight, bias, silu, initial, 
         for t in range(start, min(start + TILE, end)):
             for e in range(0, d, BLOCK):
                 width = min(BLOCK, d - e)
-                _convolve(t, begin, document, e, width, x, x_row, weight, bias, initial, row, out)
+                convolve(t, begin, document, e, width, x, x_row, weight, bias, initial, row, out)
                 if silu:
                     for c in range(width):
                         out[c] *= sigmoid(out[c])
@@ -93,7 +94,7 @@ def backward(  # type: ignore[no-untyped-def]
                 t = position + taps - 1
                 dout = ring[t % taps]
                 if t < end:
-                    _convolve(t, begin, document, e, width, x, x_row, weight, bias, initial, row, out)
+                    convolve(t, begin, document, e, width, x, x_row, weight, bias, initial, row, out)
                     _through_activation(t, e, width, dy, dy_row, silu, out, dout)
                     total = part(dbias, e, width)
                     for c in range(width):
