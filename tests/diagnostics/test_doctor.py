@@ -8,11 +8,12 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
+import llvmlite.binding
 import pytest
 import torch
 
 from mambalm.diagnostics import doctor
-from mambalm.ops import linear
+from mambalm.ops import linear, numba_support
 from mambalm.ops.backends import OPS
 
 
@@ -49,6 +50,18 @@ def test_products_name_the_way_taken_and_what_was_measured() -> None:
         way = linear.chosen(getattr(torch, dtype))
         assert text.startswith(f"{way} (")
         assert all(name in text for name in linear.measured(getattr(torch, dtype)))
+
+
+def test_the_decode_step_says_how_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = dict(doctor.decoding())
+    assert list(found) == ["float32", "bfloat16", "float16", "int8, int4", "threads"]
+    assert "read where they lie" in found["bfloat16"]
+    assert "calling the module: it is torch.float16" in found["float16"]
+    monkeypatch.setattr(numba_support, "pooled", lambda: "no region")
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: {"avx2": True, "avx512vnni": False})
+    found = dict(doctor.decoding())
+    assert found["threads"] == f"{torch.get_num_threads()}, a pool's: no region"
+    assert found["int8, int4"].endswith("vpmaddwd (AVX2)")
 
 
 def test_the_compiler_and_what_needs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -130,10 +130,12 @@ def test_what_has_no_step_says_why() -> None:
     assert refusal(model) is None
 
 
-def test_the_engine_gives_the_same_text(tiny_model: MambalmForCausalLM) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_engine_gives_the_same_text(tiny_model: MambalmForCausalLM, rows: int) -> None:
+    ends = frozenset(range(0, tiny_model.config.vocab_size, 7))  # some rows stop before the others
     prompt, settings = (
-        [torch.tensor([5, 9, 13])],
-        Settings(max_new_tokens=12, sampling=Sampling(temperature=30.0), seed=0),
+        [torch.tensor([5, 9, 13])] * rows,
+        Settings(max_new_tokens=12, sampling=Sampling(temperature=30.0), seed=0, end_tokens=ends),
     )
     found = list(decode(tiny_model, prompt, settings))
     with use_backend("portable"):

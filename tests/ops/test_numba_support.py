@@ -131,10 +131,10 @@ def test_an_error_in_a_thread_reaches_the_caller() -> None:
 
 def _scan(seed: int) -> list[torch.Tensor]:
     """A scan's output and gradients, of a size that is shared between threads."""
-    torch.manual_seed(seed)
-    u, delta = (torch.randn(1, 40, 300, requires_grad=True) for _ in range(2))
-    B, C = (torch.randn(1, 40, 16, requires_grad=True) for _ in range(2))
-    y = selective_scan(u, delta, -torch.rand(300, 16), B, C, delta_softplus=True, backend="cpu")
+    generator = torch.Generator().manual_seed(seed)  # torch's own is shared by all threads
+    u, delta = (torch.randn(1, 40, 300, generator=generator).requires_grad_() for _ in range(2))
+    B, C = (torch.randn(1, 40, 16, generator=generator).requires_grad_() for _ in range(2))
+    y = selective_scan(u, delta, -torch.rand(300, 16, generator=generator), B, C, delta_softplus=True, backend="cpu")
     return [y.detach(), *torch.autograd.grad(y.sum(), (u, delta, B, C))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mambalm.ops import numba_team
 from mambalm.ops.numba_team import JobList, Team, float_of, integers_at, job, make
 
 
@@ -51,6 +53,32 @@ def test_jobs_wait_for_each_other(threads: int, chunks: int) -> None:
         expected.append(chunks * expected[-1] + 1)
     assert counters[1:, 0].tolist() == expected
     assert (counters[1:] == counters[1:, :1]).all()
+
+
+def _child(queue: multiprocessing.Queue[list[int]]) -> None:
+    torch.set_num_threads(2)
+    jobs, counters = chain(3, 5)
+    jobs.run(Team())
+    queue.put(counters[1:, 0].tolist())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
+def test_a_forked_child_has_threads_of_its_own(threads: int) -> None:
+    chain(3, 5)[0].run(Team())
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue,), daemon=True)
+    child.start()
+    assert queue.get(timeout=60) == [1, 4, 13, 40, 121]
+    child.join()
+
+
+def test_threads_that_come_after_the_end_find_it_done() -> None:
+    team = Team()
+    jobs, counters = chain(3, 4)
+    jobs.run(team)
+    numba_team._WORK(team._shared.ctypes.data)
+    assert counters[1].tolist() == [1, 1, 1]
 
 
 def test_two_callers_of_one_team(threads: int) -> None:

@@ -6,10 +6,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mambalm.diagnostics import doctor as diagnosis
+from mambalm.generation.cpu_step import MOST_ROWS
 
 
 def doctor() -> None:
-    """Print versions, devices, the C compiler, how the CPU multiplies, and which backend each op runs on and why."""
+    """Print versions, devices, the C compiler, how a CPU multiplies and decodes, and each op's backends."""
     console = Console()
     table = Table("package", "version", title="Versions")
     for package, version in diagnosis.versions().items():
@@ -22,6 +23,11 @@ def doctor() -> None:
     console.print(table)
     table = Table("dtype", "multiplied by", title="Matrix products on the CPU, chosen by measurement")
     for row in diagnosis.products():
+        table.add_row(*row)
+    console.print(table)
+    steps = f"Decode step of Mamba and Mamba-2 layers on the CPU, for 1 to {MOST_ROWS} rows (more: the model's forward)"
+    table = Table("weights", "multiplied", title=steps)
+    for row in diagnosis.decoding():
         table.add_row(*row)
     console.print(table)
     table = Table("op", "device", "backend", "runs?", title="Backends for float32: the first that can run is chosen")

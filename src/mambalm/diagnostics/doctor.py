@@ -74,6 +74,21 @@ def products() -> Iterator[tuple[str, str]]:
             yield str(dtype).removeprefix("torch."), f"{way} (a product of {linear.MEASURED}: {times})"
 
 
+def decoding() -> Iterator[tuple[str, str]]:
+    """How the CPU's decode step multiplies each kind of weight, and on which threads it runs."""
+    from mambalm.ops.numba_support import pooled
+    from mambalm.quantization import products
+    from mambalm.quantization._numba_kernels import integer_products
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        reason = products.refuses(torch.empty(64, 64, dtype=dtype))
+        way = "read where they lie, x in float32" if reason is None else f"by calling the module: {reason}"
+        yield str(dtype).removeprefix("torch."), way
+    yield "int8, int4", f"read packed, x in 16 bits, products by {integer_products()}"
+    reason = pooled()
+    yield "threads", f"{torch.get_num_threads()}, " + ("torch's own" if reason is None else f"a pool's: {reason}")
+
+
 def backends() -> Iterator[Backend]:
     """Every backend of every op on one device of each kind; the first that can run is what automatic choice takes."""
     kinds = {device.type: device for device in reversed(devices())}

@@ -220,6 +220,13 @@ def workers(count: int) -> ThreadPoolExecutor:
     return _pool[2]
 
 
+def pooled() -> str | None:
+    """Why kernels run on the threads of a pool rather than on torch's; None if they do not."""
+    if _openmp() is None:
+        return "torch's OpenMP runtime has no GOMP_parallel"
+    return None if os.getpid() == _home else "this process was forked"
+
+
 def _on_threads(threads: int, work: Callable[[], None]) -> None:
     """``work`` on so many threads at once, the caller's among them; the first error of any is raised here."""
     errors: list[BaseException] = []
@@ -248,7 +255,7 @@ def in_region(threads: int, work: Callable[..., None], argument: int = 0) -> Non
     OpenMP would wait for them for ever: it makes threads of its own.
     """
     start = _openmp()
-    if start is not None and os.getpid() == _home:
+    if start is not None and pooled() is None:
         start(work, argument, threads, 0)
         return
     others = [workers(threads - 1).submit(work, argument) for _ in range(threads - 1)]

@@ -8,7 +8,7 @@ integers (pmaddwd, or vpdpwssd where there is VNNI: LLVM knows the pattern).
 """
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -24,6 +24,13 @@ _LINE = 64
 _UNROLLED = 4  # vectors of a plain row per turn
 _LARGEST = f32(32767)
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(size) for size in (8, 16, 32, 64))
+
+
+def integer_products() -> str:
+    """By what this processor adds up products of 16-bit integers, as LLVM is told of it."""
+    features = binding.get_host_cpu_features()
+    by_name = {"avx512vnni": "vpdpwssd (AVX512-VNNI)", "avxvnni": "vpdpwssd (AVX-VNNI)", "avx2": "vpmaddwd (AVX2)"}
+    return next((way for name, way in by_name.items() if features.get(name)), "generic vector instructions")
 
 
 def _vector(kind, lanes=LANES):  # type: ignore[no-untyped-def]
@@ -162,7 +169,7 @@ def _plain_dot(kind, columns):  # type: ignore[no-untyped-def]
 def _packed_dot(vectors, scale_bytes, add, columns):  # type: ignore[no-untyped-def]
     """An intrinsic: the products of ROWS packed rows with each of the columns of x, a column's side by side.
 
-    A turn reads ``vectors`` of x (32 int16), per row 64 bytes of weights and ``scale_bytes`` of scales, and does ``add``.
+    A turn reads ``vectors`` of x (32 int16), 64 bytes of each row and ``scale_bytes`` of its scales, and does ``add``.
     """
 
     @intrinsic
