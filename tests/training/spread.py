@@ -125,6 +125,17 @@ class SmallRun:
         changed = sum(not torch.equal(one, other) for one, other in zip(before, now, strict=True))
         return {"changed": int(self.ranks.sum(torch.tensor(changed))), "scale": scaler.get_scale() / scale}
 
+    def changed_beneath(self, start: str) -> list[str]:
+        """Names of weights under the adapters that are no longer those of the checkpoint."""
+        before = dict(load(start).named_parameters())
+        changed = []
+        for name, parameter in self.network.named_parameters():
+            if not parameter.requires_grad:
+                value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+                if not torch.equal(value, before[name.replace(".base_layer", "")]):
+                    changed.append(name)
+        return changed
+
     def state(self) -> dict[str, Any]:
         """What is saved."""
         return {"model": self.model, "optimizer": self.stepper.optimizer, "progress": {"step": self.step}}
@@ -153,6 +164,8 @@ def work(folder: Path, job: dict[str, Any], taking_part: Ranks) -> dict[str, Any
                 raise RuntimeError(f"rank {taking_part.rank} fails as the test asks")
     if job.get("overflow"):
         found |= run.overflow()
+    if run.adapted is not None:
+        found["frozen_changed"] = run.changed_beneath(job["start"])
     if not job.get("save_always"):
         kept.save(run.step, run.state())
     kept.wait()

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import MambaConfig
 
 from mambalm.models import MambaForCausalLM
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.distributed import Ranks
-from tests.training.spread import LARGE, SmallRun, network
+from tests.training.spread import LARGE, SmallRun, network, work
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    return found(folder, {"steps": 6, "save_at": 2})
+    return work(folder, {"steps": 8, "save_at": 2}, Ranks())
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -88,9 +89,40 @@ def test_a_run_goes_on_sharded_over_more_and_more_ranks(alone: dict[str, Any], f
     shutil.copytree(folder / "step-2", tmp_path / "step-2")
     two = found(tmp_path, {"steps": 4, "mode": "fsdp", "checkpointing": "full"}, 2)
     four = found(tmp_path, {"steps": 6, "mode": "hsdp", "shard_size": 2, "checkpointing": "selective"}, 4)
-    for part, first in ((two, 2), (four, 4)):
+    one = work(tmp_path, {"steps": 8}, Ranks())
+    for part, first in ((two, 2), (four, 4), (one, 6)):
         assert (part["first"], len(part["losses"])) == (first, 2)
         same(part, alone)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"mode": "fsdp", "packed": True, "compile": True, "checkpointing": "selective"},
+        {"mode": "ddp", "packed": True, "compile": True, "checkpointing": "full", "family": "transformer"},
+    ],
+    ids=["FSDP2", "DDP"],
+)
+def test_packed_compiled_and_computed_again(job: dict[str, Any], tmp_path: Path) -> None:
+    plain = {"steps": 3, "packed": True, "family": job.get("family", "mamba")}
+    same(found(tmp_path / "two", job | {"steps": 3}, 2), work(tmp_path / "one", plain, Ranks()))
+
+
+def test_adapters_alone_are_learned_and_kept(models: Path, tmp_path: Path) -> None:
+    """Begun on one rank, then on shards, then on copies: what it learns, what it saves and what it leaves alone."""
+    job = {"start": str(models / "mamba"), "adapter": True, "steps": 6, "save_at": 2}
+    alone = work(tmp_path / "alone", job, Ranks())
+    shutil.copytree(tmp_path / "alone" / "step-2", tmp_path / "spread" / "step-2")
+    sharded = found(tmp_path / "spread", job | {"mode": "fsdp", "checkpointing": "full", "steps": 4}, 2)
+    copied = found(tmp_path / "spread", job | {"mode": "ddp", "steps": 6}, 2)
+    for part, first in ((sharded, 2), (copied, 4)):
+        assert (part["first"], len(part["losses"])) == (first, 2)
+        same(part, alone)
+        assert part["frozen_changed"] == []
+    kept = FileSystemReader(tmp_path / "spread" / "step-4").read_metadata().state_dict_metadata
+    assert len(kept) > 20
+    assert all(".lora_" in name for name in kept if name.startswith("model."))
+    assert all(".lora_" in name for name in kept if ".exp_avg" in name)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
