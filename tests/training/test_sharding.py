@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from mambalm.data.tokenizer import load_tokenizer
 from mambalm.layers import mamba, mamba2
 from mambalm.training.distributed import Ranks
+from mambalm.training.model import build_model
 from mambalm.training.parallelism import _compile, _recompute, _shard, parallelise
 from mambalm.training.precision import policy
 from mambalm.training.recipe import ParallelSection
 from tests.helpers import FLOAT32, relative_error
+from tests.training.runs import recipe, write_data
 from tests.training.spread import VOCABULARY, network
 
 CPU = torch.device("cpu")
@@ -93,6 +97,20 @@ def test_initial_values_are_those_of_a_whole_model(family: str, mesh: DeviceMesh
     assert torch.equal(torch.get_rng_state(), after)
     assert model.state_dict().keys() == whole.state_dict().keys()
     for name, value in model.state_dict().items():
+        assert torch.equal(value.full_tensor(), whole.state_dict()[name]), name
+
+
+def test_a_checkpoint_in_half_precision_for_another_tokenizer(mesh: DeviceMesh, tmp_path: Path) -> None:
+    """Read part by part it begins as read whole: float32 of the file's values, new embeddings drawn."""
+    write_data(tmp_path)
+    network().bfloat16().save_pretrained(tmp_path / "model")
+    made = recipe(tmp_path, {"model": {"start": str(tmp_path / "model"), "new_embeddings": True}})
+    tokenizer = load_tokenizer(made.tokenizer)
+    whole = build_model(made, tokenizer)
+    model = _shard(build_model(made, tokenizer, sharded=True), mesh, policy("bf16", CPU))
+    assert whole.backbone.embeddings.weight.shape == (272, 16)
+    for name, value in model.named_parameters():
+        assert value.dtype == torch.float32
         assert torch.equal(value.full_tensor(), whole.state_dict()[name]), name
 
 

@@ -14,9 +14,13 @@ import pytest
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import MambaConfig
 
+from mambalm import load
 from mambalm.models import MambaForCausalLM
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.distributed import Ranks
+from mambalm.training.metrics import read_metrics
+from mambalm.training.recipe_files import dump
+from tests.training.runs import VOCABULARY, finish, recipe, trainer, write_data
 from tests.training.spread import LARGE, SmallRun, network, work
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +137,28 @@ def test_gradients_are_summed_in_half_precision_by_the_v100_policy(
     norms = found(tmp_path, {"steps": 1, "mode": mode, "precision": "v100"}, 2)["norms"]
     assert norms == pytest.approx(alone["norms"][:1], rel=2e-3)
     assert norms != pytest.approx(alone["norms"][:1], rel=1e-7)
+
+
+def test_the_command_goes_on_over_ranks_where_it_was_in_the_data(tmp_path: Path) -> None:
+    """Two stages with a ramp: on one rank for five steps, on two shards until the end, and exported."""
+    write_data(tmp_path)
+    settled = recipe(tmp_path)
+    losses = finish(trainer(settled, tmp_path / "whole"))
+    first = trainer(settled, tmp_path / "spread")
+    assert finish(first, 5) == losses[:5]
+    first.save()
+    first.checkpoints.wait()
+    (tmp_path / "spread.yaml").write_text(dump(settled))
+    arguments = [str(tmp_path / "spread.yaml"), "parallel.mode=fsdp", "--output", str(tmp_path / "spread")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mambalm"]
+    process = subprocess.run(
+        [*command, "train", *arguments, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    rows = [row for row in read_metrics(tmp_path / "spread" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(6, len(losses) + 1))
+    assert [row["loss"] for row in rows] == pytest.approx(losses[5:], rel=2e-4)
+    assert load(tmp_path / "spread" / "model").config.vocab_size == VOCABULARY
 
 
 def test_an_overflow_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:

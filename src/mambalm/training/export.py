@@ -51,7 +51,10 @@ def export_checkpoint(
     if step is None:
         raise ValueError(f"{run} has no checkpoint yet: wait for one, or lower checkpoints.every")
     tokenizer = load_tokenizer(recipe.tokenizer)
-    model = build_model(recipe, tokenizer)
+    # Nothing is drawn or read that the checkpoint replaces.
+    model = build_model(recipe, tokenizer, sharded=True)
+    nn.Module.float(model).to_empty(device="cpu")
+    model.tie_weights()
     kept.load_model(model, step)
     nn.Module.to(model, dtype).eval()
     model.config.dtype = dtype
