@@ -75,7 +75,7 @@ class Job:
         """A small run on these GPUs, gone on with from its last checkpoint."""
         mode = {1: "single", 2: "fsdp"}.get(len(gpus), "hsdp")
         job |= {"mode": mode, "device": self.device} | ({"shard_size": 2} if mode == "hsdp" else {})
-        return self.launch(gpus, "tests.training.spread", str(self.folder / name), json.dumps(job))[-1]
+        return self.launch(gpus, "tests.training.spread", str(self.folder / name), json.dumps([job]))[-1]
 
 
 def _end(output: str | bytes | None) -> str:

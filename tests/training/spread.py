@@ -1,7 +1,9 @@
-"""One rank of a small run, started by torchrun: `python -m tests.training.spread FOLDER '{"mode": "fsdp", ...}'`.
+"""One rank of small runs, started by torchrun: `python -m tests.training.spread FOLDER '[{"mode": "fsdp", ...}]'`.
 
-The main rank prints what it saw as one line of JSON. Keys of a job:
+The main rank prints what it saw of each job as one line of JSON. Keys of a job:
 
+    folder          instead of FOLDER
+    device          "cpu" or "cuda", of the first job for all
     mode, shard_size, checkpointing, compile, precision   as in a recipe
     family, vocabulary, start, adapter   the model: new, or a checkpoint, with adapters if so
     packed          rows are documents of one sequence
@@ -206,13 +208,15 @@ def _memory(peak: bool = False) -> int:
 
 
 def main() -> None:
-    """Do the job of the command line."""
-    folder, job = Path(sys.argv[1]), json.loads(sys.argv[2])
-    with ranks(torch.device(job.get("device", "cpu"))) as taking_part:
-        # In a function of its own, as a run is: models go before the groups that they hold.
-        found = (compare_initial if job.get("initial") else work)(folder, job, taking_part)
-        if taking_part.is_main:
-            print("FOUND " + json.dumps(found), flush=True)
+    """Do the jobs of the command line."""
+    folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    with ranks(torch.device(jobs[0].get("device", "cpu"))) as taking_part:
+        for job in jobs:
+            # In functions of their own, as a run is: models go before the groups that they hold.
+            do = compare_initial if job.get("initial") else work
+            found = do(Path(job.get("folder", folder)), job, taking_part)
+            if taking_part.is_main:
+                print("FOUND " + json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from tests.training.spread import LARGE, SmallRun, network, work
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, job: dict[str, Any], world: int = 1) -> subprocess.CompletedProcess[str]:
-    """Do a job of `tests.training.spread` on so many ranks."""
+def launch(folder: Path, world: int, *jobs: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Do jobs of `tests.training.spread` on so many ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    arguments = ["-m", "tests.training.spread", str(folder), json.dumps(job)]
+    arguments = ["-m", "tests.training.spread", str(folder), json.dumps(jobs)]
     # Tensors of the sizes of a test are mapped as large ones are, so that memory goes back when they do.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     return subprocess.run(
@@ -37,12 +37,12 @@ def launch(folder: Path, job: dict[str, Any], world: int = 1) -> subprocess.Comp
     )
 
 
-def found(folder: Path, job: dict[str, Any], world: int = 1) -> dict[str, Any]:
-    """What the main rank saw."""
-    process = launch(folder, job, world)
-    lines = [line for line in process.stdout.splitlines() if line.startswith("FOUND ")]
+def found(folder: Path, world: int, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the main rank saw of each."""
+    process = launch(folder, world, *jobs)
     assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("FOUND "))
+    lines = [line for line in process.stdout.splitlines() if line.startswith("FOUND ")]
+    return [json.loads(line.removeprefix("FOUND ")) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,31 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PACKED: dict[str, dict[str, Any]] = {
+    "FSDP2": {"mode": "fsdp", "compile": True, "checkpointing": "selective"},
+    "DDP": {"mode": "ddp", "compile": True, "checkpointing": "full", "family": "transformer"},
+}
+PAIR: dict[str, dict[str, Any]] = {
+    "initial": {"mode": "fsdp", "initial": True},
+    "copies": {"mode": "ddp", "steps": 4},
+    "v100 ddp": {"mode": "ddp", "steps": 1, "precision": "v100"},
+    "v100 fsdp": {"mode": "fsdp", "steps": 1, "precision": "v100"},
+    "overflow": {"mode": "fsdp", "steps": 1, "precision": "fp16", "overflow": True},
+} | {f"packed {name}": job | {"packed": True, "steps": 3} for name, job in PACKED.items()}
+
+
+@pytest.fixture(scope="module")
+def pair(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What two ranks did, one job after the other, which saves starting them anew for each."""
+    folder = tmp_path_factory.mktemp("pair")
+    jobs = [job | {"folder": str(models if "initial" in job else folder / name)} for name, job in PAIR.items()]
+    return dict(zip(PAIR, found(folder, 2, *jobs), strict=True))
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_no_rank_holds_the_whole_model(world: int, models: Path) -> None:
+def test_no_rank_holds_the_whole_model(world: int, models: Path, request: pytest.FixtureRequest) -> None:
     """What it begins with is the whole model's, bit for bit, drawn or read; memory is that of a part and of a block."""
-    seen = found(models, {"mode": "fsdp", "initial": True}, world)
+    seen = request.getfixturevalue("pair")["initial"] if world == 2 else found(models, world, PAIR["initial"])[0]
     assert seen["different"] == []
     # A block is a 24th of it; the rest is what torch makes on the way.
     assert 1 / world <= seen["peak"] < 1 / world + 0.15
@@ -83,33 +104,26 @@ def test_no_rank_holds_the_whole_model(world: int, models: Path) -> None:
     assert 1 / world <= seen["peak_of_checkpoint"] < 1.5 / world + 0.1
 
 
-def test_copies_learn_what_one_does(alone: dict[str, Any], tmp_path: Path) -> None:
-    spread = found(tmp_path, {"mode": "ddp", "steps": 4}, 2)
-    assert len(spread["losses"]) == 4
-    same(spread, alone)
+def test_copies_learn_what_one_does(alone: dict[str, Any], pair: dict[str, dict[str, Any]]) -> None:
+    assert len(pair["copies"]["losses"]) == 4
+    same(pair["copies"], alone)
 
 
 def test_a_run_goes_on_sharded_over_more_and_more_ranks(alone: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "step-2", tmp_path / "step-2")
-    two = found(tmp_path, {"steps": 4, "mode": "fsdp", "checkpointing": "full"}, 2)
-    four = found(tmp_path, {"steps": 6, "mode": "hsdp", "shard_size": 2, "checkpointing": "selective"}, 4)
+    [two] = found(tmp_path, 2, {"steps": 4, "mode": "fsdp", "checkpointing": "full"})
+    [four] = found(tmp_path, 4, {"steps": 6, "mode": "hsdp", "shard_size": 2, "checkpointing": "selective"})
     one = work(tmp_path, {"steps": 8}, Ranks())
     for part, first in ((two, 2), (four, 4), (one, 6)):
         assert (part["first"], len(part["losses"])) == (first, 2)
         same(part, alone)
 
 
-@pytest.mark.parametrize(
-    "job",
-    [
-        {"mode": "fsdp", "packed": True, "compile": True, "checkpointing": "selective"},
-        {"mode": "ddp", "packed": True, "compile": True, "checkpointing": "full", "family": "transformer"},
-    ],
-    ids=["FSDP2", "DDP"],
-)
-def test_packed_compiled_and_computed_again(job: dict[str, Any], tmp_path: Path) -> None:
-    plain = {"steps": 3, "packed": True, "family": job.get("family", "mamba")}
-    same(found(tmp_path / "two", job | {"steps": 3}, 2), work(tmp_path / "one", plain, Ranks()))
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_compiled_and_computed_again(name: str, pair: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    plain = {"steps": 3, "packed": True, "family": PACKED[name].get("family", "mamba")}
+    assert len(pair[f"packed {name}"]["losses"]) == 3
+    same(pair[f"packed {name}"], work(tmp_path, plain, Ranks()))
 
 
 def test_adapters_alone_are_learned_and_kept(models: Path, tmp_path: Path) -> None:
@@ -117,8 +131,8 @@ def test_adapters_alone_are_learned_and_kept(models: Path, tmp_path: Path) -> No
     job = {"start": str(models / "mamba"), "adapter": True, "steps": 6, "save_at": 2}
     alone = work(tmp_path / "alone", job, Ranks())
     shutil.copytree(tmp_path / "alone" / "step-2", tmp_path / "spread" / "step-2")
-    sharded = found(tmp_path / "spread", job | {"mode": "fsdp", "checkpointing": "full", "steps": 4}, 2)
-    copied = found(tmp_path / "spread", job | {"mode": "ddp", "steps": 6}, 2)
+    spread = [{"mode": "fsdp", "checkpointing": "full", "steps": 4}, {"mode": "ddp", "steps": 6}]
+    sharded, copied = found(tmp_path / "spread", 2, *(job | each for each in spread))
     for part, first in ((sharded, 2), (copied, 4)):
         assert (part["first"], len(part["losses"])) == (first, 2)
         same(part, alone)
@@ -131,10 +145,10 @@ def test_adapters_alone_are_learned_and_kept(models: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_gradients_are_summed_in_half_precision_by_the_v100_policy(
-    mode: str, alone: dict[str, Any], tmp_path: Path
+    mode: str, alone: dict[str, Any], pair: dict[str, dict[str, Any]]
 ) -> None:
     """Near the float32 run, but not as near as another order of summation is."""
-    norms = found(tmp_path, {"steps": 1, "mode": mode, "precision": "v100"}, 2)["norms"]
+    norms = pair[f"v100 {mode}"]["norms"]
     assert norms == pytest.approx(alone["norms"][:1], rel=2e-3)
     assert norms != pytest.approx(alone["norms"][:1], rel=1e-7)
 
@@ -161,8 +175,8 @@ def test_the_command_goes_on_over_ranks_where_it_was_in_the_data(tmp_path: Path)
     assert load(tmp_path / "spread" / "model").config.vocab_size == VOCABULARY
 
 
-def test_an_overflow_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
-    seen = found(tmp_path, {"steps": 1, "mode": "fsdp", "precision": "fp16", "overflow": True}, 2)
+def test_an_overflow_on_one_rank_is_skipped_by_all(pair: dict[str, dict[str, Any]]) -> None:
+    seen = pair["overflow"]
     assert (seen["changed"], seen["scale"]) == (0, 0.5)
 
 
@@ -174,7 +188,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
 def test_a_rank_that_dies_ends_the_run_and_leaves_its_checkpoints(
     job: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    process = launch(tmp_path, job | {"steps": 9, "mode": "fsdp", "save_always": True, "die": 2}, 2)
+    process = launch(tmp_path, 2, job | {"steps": 9, "mode": "fsdp", "save_always": True, "die": 2})
     assert process.returncode != 0
     assert message in process.stderr
     run = SmallRun({}, Ranks())
