@@ -12,7 +12,7 @@ from mambalm.generation import Engine, Sampling, Settings, engine, read, step, s
 from mambalm.generation.owned_state import OwnedState
 from mambalm.models.common import MambalmForCausalLM
 from tests.helpers import FLOAT32, relative_error
-from tests.models.tiny import FAMILIES, tokens
+from tests.models.tiny import FAMILIES, lively, tokens
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_engine_gpu.py has the real thing")
 
@@ -59,16 +59,17 @@ def rows_of(model: MambalmForCausalLM, settings: Settings, **more: Any) -> list[
 def test_greedy_tokens_are_those_of_generate(family: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_ROOM", room)
     monkeypatch.setattr(engine, "_AHEAD", 1)
-    model = FAMILIES[family].model()
+    model = lively(family)
     for prompt, row in zip(PROMPTS, rows_of(model, Settings(max_new_tokens=12)), strict=True):
         expected = model.generate(prompt[None], max_new_tokens=12, do_sample=False)
         assert row == expected[0, len(prompt) :].tolist()
+        assert len(set(row)) > 2
 
 
 def test_rows_that_stop_leave_the_others_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_ROOM", 8)
     monkeypatch.setattr(engine, "_AHEAD", 1)
-    model = FAMILIES["hybrid"].model()
+    model = lively("hybrid")
     free = rows_of(model, Settings(max_new_tokens=30))
     lengths, counts = [30, 4, 17], [0] * len(PROMPTS)
     found: list[list[int]] = [[] for _ in PROMPTS]

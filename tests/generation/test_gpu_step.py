@@ -78,6 +78,7 @@ def test_odd_heads_groups_and_limits(batch: int, sizes: dict[str, Any], monkeypa
 def test_hybrids_of_other_kinds(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mamba1 = {"layer": "Mamba1", "d_state": 5}
     steps_agree("hybrid", batch, monkeypatch, SMALL, ssm_cfg=mamba1, d_intermediate=0, residual_in_fp32=False)
+    steps_agree("hybrid", batch, monkeypatch, SMALL, attn_layer_idx=[0, 1])
     plain = {"layer": "Mamba2", "d_state": 4, "headdim": 8, "rmsnorm": False, "D_has_hdim": True, "bias": True}
     wide = ATTENTION | {"mlp_dim": 20, "qkv_proj_bias": True, "out_proj_bias": True}
     steps_agree("hybrid", batch, monkeypatch, SMALL, ssm_cfg=plain, attn_cfg=wide, num_hidden_layers=3)

@@ -100,6 +100,16 @@ STOCK = {
 FAMILIES = STOCK | {"hybrid": Family(MambaHybridForCausalLM, None, hybrid)}
 
 
+def lively(family: str, **changes: Any) -> MambalmForCausalLM:
+    """A model whose greedy text is not one token repeated."""
+    model = FAMILIES[family].model(**changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and not name.endswith("A_log"):
+                parameter *= 4
+    return model
+
+
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
     """Random token ids."""
     return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))

@@ -74,8 +74,8 @@ def _throughput(left: Axes, right: Axes, report: Result) -> None:
             )
             if whole:
                 axes.plot(*_points(whole, value), color=color, label=f"{model['name']}, written")
-    left.set(xlabel="tokens written", ylabel="tokens per second, batch 1", xlim=(0, None), ylim=(0, None))
-    right.set(xlabel="tokens written", ylabel="peak memory, GiB", xlim=(0, None), ylim=(0, None))
+    for axes, label in ((left, "tokens per second, batch 1"), (right, "peak memory, GiB")):
+        axes.set(xlabel="tokens written", ylabel=label, xlim=(0, None), ylim=(0, 1.1 * axes.get_ylim()[1]))
     left.legend(fontsize=7)
 
 
