@@ -126,6 +126,7 @@ def main() -> None:
         row: dict[str, Any] = {
             **{name: getattr(options, name) for name in ("model", "mode", "checkpointing", "batch", "length")},
             "ranks": taking_part.world,
+            **({} if taking_part.world > 1 else {"mode": "single"}),
             "step_ms": round(1e3 * median, 2),
             "tokens_per_second_per_rank": round(tokens / median),
             "first_step_seconds": round(first[0], 2),

@@ -125,6 +125,8 @@ def test_killed_between_two_names(tmp_path: Path) -> None:
     """A step that comes again takes the place of the one before: until it has, that one counts."""
     save(Checkpoints(tmp_path), small_run(1))
     (tmp_path / "step-1").rename(tmp_path / ".step-1.replaced")
+    # One who only reads, such as an export beside the run, does not get between the two names.
+    assert Checkpoints(tmp_path, read_only=True).steps() == []
     assert Checkpoints(tmp_path).latest() == 1
     save(Checkpoints(tmp_path), small_run(1))
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]

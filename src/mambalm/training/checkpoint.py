@@ -41,8 +41,11 @@ class Checkpoints:
     latest is whole.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0) -> None:
-        """Keep the latest ``keep_last``, and besides every one whose step ``keep_every`` (0: nothing) divides."""
+    def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0, read_only: bool = False) -> None:
+        """Keep the latest ``keep_last``, and besides every one whose step ``keep_every`` (0: nothing) divides.
+
+        ``read_only``: of a run that may be going on, in whose folder nothing is mended.
+        """
         self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
         self._writing: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -50,7 +53,7 @@ class Checkpoints:
         # A single process is meant, also in DCP's thread.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         # Killed between moving an old checkpoint aside and its successor into the place: the old one is the last.
-        for aside in folder.glob(".step-*.replaced"):
+        for aside in () if read_only else folder.glob(".step-*.replaced"):
             place = folder / aside.name.removeprefix(".").removesuffix(".replaced")
             with contextlib.suppress(OSError):  # another rank was faster
                 if not place.exists():

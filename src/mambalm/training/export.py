@@ -46,7 +46,7 @@ def export_checkpoint(
     recipe = Recipe.model_validate(yaml.safe_load(folder.recipe.read_text()))
     if recipe.adapter is not None:
         raise ValueError(f"{run} trains adapters, which it writes into {folder.adapter} at its end: nothing to export")
-    kept = Checkpoints(folder.checkpoints)
+    kept = Checkpoints(folder.checkpoints, read_only=True)
     step = kept.latest() if step is None else step
     if step is None:
         raise ValueError(f"{run} has no checkpoint yet: wait for one, or lower checkpoints.every")

@@ -120,7 +120,7 @@ def open_trainer(recipe: Recipe, folder: Folder, ranks: Ranks) -> Trainer:
     if kept.latest() is not None:
         trainer.load()
     elif recipe.fork is not None:
-        trainer.checkpoints = Checkpoints(Folder(Path(recipe.fork.run)).checkpoints)
+        trainer.checkpoints = Checkpoints(Folder(Path(recipe.fork.run)).checkpoints, read_only=True)
         trainer.load(recipe.fork.step)
         trainer.checkpoints = kept
     return trainer
