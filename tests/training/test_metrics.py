@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Mamba2Config, MambaConfig, PreTrainedTokenizerFast
 
 from mambalm.data.tokenizer import train_tokenizer
@@ -35,6 +39,59 @@ def test_later_steps_are_taken_back(tmp_path: Path) -> None:
     log.close()
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.0, 0.5, 5.0]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+class FakeWandb(ModuleType):
+    """Keeps what a run tells wandb."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.begun: list[dict[str, Any]] = []
+        self.lines: list[dict[str, Any]] = []
+        self.ended = 0
+
+    def init(self, **arguments: Any) -> SimpleNamespace:
+        self.begun.append(arguments)
+        return SimpleNamespace(log=self.lines.append, finish=self._finish, define_metric=lambda *_, **__: None)
+
+    def _finish(self) -> None:
+        self.ended += 1
+
+
+def test_wandb_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder has one run there: gone on with after a kill, whatever other folders' runs are called."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder, step in ((tmp_path / "a", 0), (tmp_path / "a", 2), (tmp_path / "b", 0)):
+        folder.mkdir(exist_ok=True)
+        log = MetricsLog(folder, step, wandb="project", name="mine", config={"seed": 0})
+        for number in (step + 1, step + 2, step + 3):
+            log.write(number, {"loss": 1.0, "stage": "a"})
+        log.close()
+    first, again, other = (begun["id"] for begun in fake.begun)
+    assert first == again != other
+    assert all(begun["resume"] == "allow" and begun["project"] == "project" for begun in fake.begun)
+    # Step 3, which is written again after the kill, is not lost.
+    assert [line["step"] for line in fake.lines] == [1, 2, 3, 3, 4, 5, 1, 2, 3]
+    assert fake.lines[0] == {"step": 1, "loss": 1.0}
+    assert fake.ended == 3
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"logging\.wandb needs wandb: pip install 'mambalm\[train\]'"):
+        MetricsLog(tmp_path / "a", 0, wandb="project")
+
+
+def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0 / step, "layers/0/delta": 0.5, "stage": "a"})
+    log.close()
+    log = MetricsLog(tmp_path, 1)
+    log.write(2, {"loss": 7.0})
+    log.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(read.Tags()["scalars"]) == ["layers/0/delta", "loss"]
+    # Of a run that went on from step 1, what was written behind it before does not count.
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 1.0), (2, 7.0)]
 
 
 def test_curves(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import os
 import random
@@ -22,7 +24,7 @@ from mambalm.training.distributed import Ranks
 from mambalm.training.guard import DivergedError, Verdict
 from mambalm.training.metrics import read_metrics
 from mambalm.training.recipe_files import dump
-from mambalm.training.session import Folder, run
+from mambalm.training.session import Folder, Profile, run
 from mambalm.training.trainer import Trainer
 from tests.training.runs import finish, recipe, trainer, write_data
 
@@ -140,6 +142,46 @@ def test_another_recipe_in_the_folder_is_refused(data: Path, tmp_path: Path) -> 
             Ranks(), console)  # fmt: skip
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files == {"checkpoints", "curves.png", "metrics.jsonl", "model", "recipe.yaml", "tensorboard"}
+
+
+def test_what_is_watched_on_request(data: Path, tmp_path: Path) -> None:
+    """A profile of some steps, the layers' norms, held-out loss and samples on their schedules."""
+    logging = {"every": 2, "layers": 3, "plot": 4, "profile": [2, 3]}
+    evaluation = {"every": 5, "sequences": 4, "prompt": "def", "new_tokens": 3}
+    shown = io.StringIO()
+    sampled: list[tuple[str, int]] = []
+
+    def sample(model: object, tokenizer: object, prompt: str, tokens: int) -> str:
+        sampled.append((prompt, tokens))
+        return " text"
+
+    made = recipe(data, {"logging": logging, "evaluation": evaluation})
+    assert not run(made, tmp_path, Ranks(), Console(file=shown, force_terminal=True, width=120), sample=sample)
+    lines = list(read_metrics(tmp_path / "metrics.jsonl"))
+    last = lines[-1]["step"]
+    every = {*range(2, last, 2), *range(3, last + 1, 3), last}
+    assert [line["step"] for line in lines if "loss" in line] == sorted(every)
+    norms = [line for line in lines if "layers/1/state" in line]
+    assert [line["step"] for line in norms] == list(range(3, last + 1, 3))
+    assert all(line["layers/0/delta"] > 0 and line["layers/1/C"] > 0 for line in norms)
+    assert [line["step"] for line in lines if "held_out/loss" in line] == [*range(5, last, 5), last]
+    assert [line["sample"] for line in lines if "sample" in line] == ["def text"] * len(sampled)
+    assert set(sampled) == {("def", 3)}
+    # The bar and its text.
+    assert "tokens/s" in shown.getvalue()
+    assert f"step {last} · loss" in shown.getvalue()
+    events = json.loads((tmp_path / "profile.json").read_text())["traceEvents"]
+    steps = [event for event in events if str(event.get("name", "")).startswith("Optimizer.step")]
+    assert len(steps) == 2
+
+
+def test_a_profile_of_a_run_that_goes_on_or_ends(tmp_path: Path) -> None:
+    for first, done, path in ((1, [0, 1], "begins"), (3, [4, 5], "goes on"), (9, [4, 5], "not reached")):
+        profile = Profile((first, first + 3), tmp_path / path)
+        for step in done:
+            profile.after(step)
+        profile.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begins", "goes on"]
 
 
 def test_wrong_vocabulary_and_missing_files_are_named(data: Path, tmp_path: Path) -> None:

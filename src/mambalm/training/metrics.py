@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from mambalm.training.files import replacing
 
 # Dense bfloat16 or float16 operations per second by the vendors' datasheets, by a part of the device's name.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "B200": 2250e12}
+
+# In a run's folder: which of wandb's runs is this one.
+WANDB_ID = "wandb-id.txt"
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -58,11 +62,7 @@ class MetricsLog:
             file.write_text("".join(f"{line}\n" for line in kept))
         self._file = self.path.open("a")
         self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-        self._wandb = None
-        if wandb is not None:
-            import wandb as library
-
-            self._wandb = library.init(project=wandb, name=name, config=config, dir=folder, resume="allow", id=name)
+        self._wandb = None if wandb is None else _open_wandb(folder, wandb, name, config)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Note values of a step; what is no number goes into the JSON alone."""
@@ -73,7 +73,8 @@ class MetricsLog:
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            # With a step of its own, wandb would leave out those that come again after a kill.
+            self._wandb.log({"step": step, **numbers})
 
     def close(self) -> None:
         """Write out what is held back."""
@@ -81,6 +82,21 @@ class MetricsLog:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _open_wandb(folder: Path, project: str, name: str, config: Any) -> Any:
+    """wandb's run of this folder, which is gone on with."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("logging.wandb needs wandb: pip install 'mambalm[train]'") from error
+    kept = folder / WANDB_ID
+    if not kept.exists():
+        with replacing(kept) as file:
+            file.write_text(secrets.token_hex(4))
+    run = wandb.init(project=project, name=name, config=config, dir=folder, id=kept.read_text(), resume="allow")
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _finite(value: Any) -> Any:

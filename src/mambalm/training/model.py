@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mambalm.data.tokenizer import load_tokenizer
 from mambalm.models import FalconMambaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.models.hybrid import MambaHybridForCausalLM
@@ -144,6 +145,8 @@ def size_of(recipe: Recipe) -> Size:
             model = _FAMILIES[recipe.model.family](config_of(recipe.model))
         else:
             model = load(recipe.model.start, device="meta")
+            if recipe.model.new_embeddings:
+                _renew_embeddings(model, load_tokenizer(recipe.tokenizer), recipe.seed)
         if recipe.adapter is not None:
             put_on(model, Adapter(**recipe.adapter.model_dump()))
     four_bits = recipe.adapter is not None and recipe.adapter.four_bits

@@ -217,7 +217,13 @@ class LoggingSection(Section):
     layers: int = Field(default=500, ge=0)
     plot: int = Field(default=500, ge=0)
     wandb: str | None = None
-    profile: tuple[int, int] | None = None
+    profile: tuple[Count, Count] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.profile and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile takes the first step and the last, got {self.profile[0]} and {self.profile[1]}")
+        return self
 
 
 class EvaluationSection(Section):

@@ -21,7 +21,7 @@ from mambalm.training.distributed import Ranks
 from mambalm.training.files import replacing
 from mambalm.training.guard import Verdict
 from mambalm.training.interruption import StopRequest, stop_requests
-from mambalm.training.metrics import MetricsLog
+from mambalm.training.metrics import WANDB_ID, MetricsLog
 from mambalm.training.model import build_model
 from mambalm.training.parallelism import is_sharded, parallelise
 from mambalm.training.precision import Policy, policy
@@ -75,7 +75,7 @@ class Folder:
         if restart:
             for path in (self.checkpoints, self.model, self.adapter, self.path / "tensorboard"):
                 shutil.rmtree(path, ignore_errors=True)
-            for file in (self.recipe, self.path / "metrics.jsonl"):
+            for file in (self.recipe, self.path / "metrics.jsonl", self.path / WANDB_ID):
                 file.unlink(missing_ok=True)
         from mambalm.training.recipe import Recipe
 
@@ -187,7 +187,9 @@ class Watch:
     def run(self, request: StopRequest) -> None:
         """Do the steps that are left, then save."""
         trainer = self.trainer
-        profile = Profile(trainer.recipe.logging.profile, self.folder.path / "profile.json")
+        traced = trainer.recipe.logging.profile if trainer.ranks.is_main else None
+        profile = Profile(traced, self.folder.path / "profile.json")
+        profile.after(trainer.position.step)
         saved = trainer.position.step if trainer.checkpoints.latest() is not None else None
         while not trainer.is_over and not self._asked(request):
             report = trainer.advance()
@@ -199,6 +201,7 @@ class Watch:
                 trainer.save()
                 saved = report.step
             self._measure(report.step)
+        profile.close()
         if saved != trainer.position.step:
             trainer.save()
         trainer.checkpoints.wait()
@@ -223,7 +226,8 @@ class Watch:
         logging, trainer = self.trainer.recipe.logging, self.trainer
         values = dict(report.values)
         amiss = report.verdict is not Verdict.APPLY
-        if not amiss and logging.layers and report.step % logging.layers == 0:
+        norms = not amiss and logging.layers and report.step % logging.layers == 0
+        if norms:
             values |= trainer.layer_norms()
         if self.log is None or self.bar is None:
             return
@@ -231,7 +235,7 @@ class Watch:
             values["verdict"] = report.verdict.value
             self.bar.say(f"after step {report.step}: loss {values['loss']}, gradient norm {values['gradient_norm']}: "
                          f"{report.verdict.value}")  # fmt: skip
-        if amiss or report.step % logging.every == 0 or trainer.is_over:
+        if amiss or norms or report.step % logging.every == 0 or trainer.is_over:
             self.log.write(report.step, values)
         mfu = f" · {values['mfu']:.1%} MFU" if "mfu" in values else ""
         speed = f"{values['tokens_per_second']:,.0f} tokens/s{mfu}"
@@ -264,21 +268,27 @@ class Profile:
     """torch's profiler over some steps, into a file that chrome://tracing and Perfetto read."""
 
     def __init__(self, steps: tuple[int, int] | None, path: Path) -> None:
-        """Trace from behind step ``steps[0] - 1`` to ``steps[1]``; None: nothing."""
+        """Trace the steps from ``steps[0]`` to ``steps[1]``; None: nothing."""
         self._steps, self._path = steps, path
         self._profiler: Any = None
 
     def after(self, step: int) -> None:
-        """Begin or end, as the step says."""
+        """Begin or end, as the step says that is done, or that a run goes on from."""
         if self._steps is None:
             return
-        if self._profiler is None and step == self._steps[0] - 1:
+        first, last = self._steps
+        if self._profiler is None and first - 1 <= step < last:
             self._profiler = torch.profiler.profile()
             self._profiler.__enter__()
-        elif self._profiler is not None and step == self._steps[1]:
+        elif step >= last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was traced, also of a run that ends before the last of the steps."""
+        if self._profiler is not None:
             self._profiler.__exit__(None, None, None)
             self._profiler.export_chrome_trace(str(self._path))
-            self._steps = None
+        self._steps = self._profiler = None
 
 
 def export(trainer: Trainer, folder: Folder, shard_size: str = "5GB") -> None:
