@@ -33,6 +33,7 @@ CASES: tuple[tuple[torch.dtype, tuple[int, ...], str], ...] = (
     (torch.bfloat16, (1, 1200, 16, 64, 128, 2), "gate states packed"),
     (torch.bfloat16, (1, 200, 8, 256, 256, 1), "gate"),
     (torch.float16, (1, 200, 8, 256, 256, 1), "gate"),
+    (torch.bfloat16, (2, 37, 16, 64, 128, 2), "gate states"),
 )
 MOST = "90"  # the target for which all of them are compiled, for others the first
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]
@@ -63,6 +64,7 @@ def launches(dtype: torch.dtype, sizes: tuple[int, ...], there: str, target: str
     with (
         mock.patch.object(backend, "launch", note),
         mock.patch.object(triton_support, "shared_memory", return_value=shared),
+        mock.patch.object(backend, "multiplies_from_shared", return_value=target not in ("80", "89")),
         mock.patch.object(_launch, "processors", return_value=processors),
         mock.patch.object(torch.version, "hip", None if target.isdecimal() else "6"),
     ):

@@ -52,6 +52,13 @@ def shared_memory(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 1 << 16)
 
 
+@functools.cache
+def multiplies_from_shared(device: torch.device) -> bool:
+    """Whether matrix products read their operands from shared memory, as on Hopper and data centre Blackwell; where
+    they read them from registers, a program of as many warps has room for less."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10, 11)
+
+
 def dense_channels(t: Tensor) -> Tensor:
     """``t`` with its last axis contiguous; the others may have any stride."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()

@@ -1,5 +1,6 @@
 """What the GPU backends of ssd share: when they can run, what a launch is given, how the work is cut."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ class Problem:
         tensors = {**along, **whole, "dt": given.dt, "D": given.D}
         return Problem(tensors, b, l, h, p, g, n, rows, chunk, limits, given.x.dtype, given.x.device)
 
-    @property
+    @functools.cached_property
     def slots(self) -> int:
         """Places for chunks. Document i, from token t, has those from t // chunk + i on: disjoint whatever the offsets,
         which the host does not read."""
@@ -67,27 +68,33 @@ class Problem:
             return self.b * -(-self.l // self.chunk)
         return self.l // self.chunk + self.rows
 
-    @property
+    @functools.cached_property
     def exact(self) -> bool:
         """Whether sums of log decays are kept in two parts, and none is the difference of two longer ones."""
         return self.dtype != torch.bfloat16
 
-    @property
+    @functools.cached_property
     def wide(self) -> int:
         """Channels of a block; a head of more has several."""
         most = 32 if self.exact else 64
         return max(min(power_of_2(self.p), most), 16)
 
-    @property
+    @functools.cached_property
     def blocks(self) -> int:
         """Blocks of channels of all heads."""
         return self.h * -(-self.p // self.wide)
 
+    @functools.cached_property
     def tiles(self) -> dict[str, Any]:
         """Compile-time arguments of the kernels with matrix products."""
         operand, precision = operands(self.dtype)
         states = max(power_of_2(self.n), 16)
         return {"Q": self.chunk, "P": self.wide, "N": states, "OPERAND": operand, "PRECISION": precision}
+
+    @functools.cached_property
+    def short(self) -> bool:
+        """Whether every row is one chunk: its states are given from outside, and kept as they are."""
+        return self.l <= self.chunk
 
     def sizes(self) -> dict[str, int]:
         """What those kernels take as numbers."""
@@ -110,7 +117,7 @@ class Problem:
 
     def stages(self, each: int, besides: int, most: int) -> int:
         """Chunks in flight for which shared memory has room, of ``each`` elements, ``besides`` others."""
-        size = 2 if self.tiles()["OPERAND"] == tl.bfloat16 else 4
+        size = 2 if self.tiles["OPERAND"] == tl.bfloat16 else 4
         return max(min((triton_support.shared_memory(self.device) // size - besides) // each, most), 1)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -118,11 +125,10 @@ class Problem:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def kept_states(self) -> tuple[Tensor, Tensor | None]:
-        """Room for the states of all chunks, and for their scales where they are kept in 16 bits. The states of a call
-        of one chunk are given from outside, and nothing was rounded on the way to them."""
-        tiles = self.tiles()
+        """Room for the states of all chunks, and for their scales where they are kept in 16 bits."""
+        tiles = self.tiles
         shape = (self.slots, self.blocks, tiles["N"])
-        if self.exact or self.l <= self.chunk:
+        if self.exact or self.short:
             return self.empty(*shape, tiles["P"]), None
         return self.empty(*shape, tiles["P"], dtype=torch.float16), self.empty(*shape)
 

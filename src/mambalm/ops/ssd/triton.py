@@ -12,7 +12,7 @@ from mambalm.ops.ssd import _launch
 from mambalm.ops.ssd._launch import Problem, checkpoint_shape, skip_strides, stride_arguments
 from mambalm.ops.ssd._triton_kernels import advance, finish, pairs, prepare, scan, sums
 from mambalm.ops.ssd.arguments import Arguments
-from mambalm.ops.triton_support import ceil_div, dense_channels, launch, on, power_of_2
+from mambalm.ops.triton_support import ceil_div, dense_channels, launch, multiplies_from_shared, on, power_of_2
 
 __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
@@ -144,9 +144,11 @@ def _launch_scan(problem: Problem, decays: Decays, wanted: Pass, segments: int, 
     tensors, D = roles(problem, wanted), problem.tensors["D"]
     strides = {k: v for name, t in tensors.items() for k, v in stride_arguments(name, t, _axes(name)).items()}
     (most, warps), matrices = (_STATES, 1) if wanted.out is None or rest["SUMMARY"] else (_SCAN, 2)
-    tiles = problem.tiles()
+    tiles = problem.tiles
     q, p, n = (tiles[name] for name in "QPN")
-    if n * p > _CELLS:
+    if matrices == 2 and not multiplies_from_shared(problem.device):
+        most, warps = 1, 8
+    elif n * p > _CELLS:
         warps *= 2
     arguments = {**tensors, **strides, **skip_strides(D), **decays, **problem.sizes(), **tiles, **rest}
     arguments |= {"D": D, "cu_seqlens": problem.tensors["cu_seqlens"], "SEGMENTS": segments}
@@ -167,17 +169,17 @@ def _chunks(problem: Problem, decays: Decays, dy: Tensor, entering: States, leav
     strides = {k: v for name, t in tensors.items() for k, v in stride_arguments(name, t, _axes(name)).items()}
     states = {"states": entering[0], "scales": entering[1], "dstates": leaving[0], "dscales": leaving[1]}
     rows = {"cu_seqlens": given["cu_seqlens"], "rows": problem.rows}
-    return {**tensors, **strides, **decays, **states, **rows, **problem.sizes(), **problem.tiles()}
+    return {**tensors, **strides, **decays, **states, **rows, **problem.sizes(), **problem.tiles}
 
 
 def _pairs(problem: Problem, chunks: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The gradients of B and C."""
     shares, (most, warps) = problem.shares(), _PAIRS
-    q, p, n = (problem.tiles()[name] for name in "QPN")
+    q, p, n = (problem.tiles[name] for name in "QPN")
     dtype = problem.dtype if shares == 1 else torch.float32
     dBC = problem.empty(2, shares, problem.b, problem.l, problem.g, problem.n, dtype=dtype)
     rest = {"dB": dBC[0], "dC": dBC[1], "groups": problem.g, "shares": shares, "tokens": problem.b * problem.l}
-    rest["STAGES"] = problem.stages(2 * (q + n) * p, 2 * q * n + q * q, most)
+    rest["STAGES"] = 1 if problem.short else problem.stages(2 * (q + n) * p, 2 * q * n + q * q, most)
     if programs := problem.slots * problem.g * shares:
         launch(pairs, programs, {**chunks, **rest}, {"num_warps": warps})
     dB, dC = (dBC[:, 0] if shares == 1 else dBC.sum(1)).unbind()
@@ -194,9 +196,10 @@ def _sums(problem: Problem, chunks: dict[str, Any]) -> tuple[Tensor | None, Deca
         if problem.exact or name != "within"
     }
     found = {"within": None, **of_tokens, "passed": problem.empty(problem.blocks, problem.slots)}
-    (most, warps), tiles = _SUMS, problem.tiles()
+    (most, warps), tiles = _SUMS, problem.tiles
     some = min(_SOME, tiles["N"])
-    stages = problem.stages(2 * some * (tiles["Q"] + tiles["P"]), tiles["Q"] ** 2 + 2 * tiles["Q"] * tiles["P"], most)
+    (q, p), most = (tiles[name] for name in "QP"), 1 if problem.short else most
+    stages = problem.stages(2 * some * (q + p), q * (q + 2 * p), most)
     if programs := problem.slots * problem.blocks:
         launch(sums, programs, {**chunks, **found, "dD": dD, "SOME": some, "STAGES": stages}, {"num_warps": warps})
     if dD is not None and D is not None:
