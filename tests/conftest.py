@@ -29,6 +29,22 @@ ROOT = Path(__file__).parents[1]
 IMPORTED_AS = {"pyyaml": "yaml"}
 
 
+class TorchRandom:
+    """torch's generator as hypothesis wants one, to begin every example with the same numbers."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+TORCH_RANDOM = TorchRandom()
+
+
 class Module(pytest.Module):
     """A test module that is skipped, by name, when a package that it imports, or mambalm for it, is not installed."""
 
@@ -94,10 +110,11 @@ def pytest_configure() -> None:
     # Workers share the cores, and at the sizes of these tests one thread is the fastest.
     torch.set_num_threads(1)
     if find_spec("hypothesis") is not None:
-        from hypothesis import settings
+        from hypothesis import register_random, settings
 
         settings.register_profile("mambalm", deadline=None, derandomize=True, max_examples=20, print_blob=True)
         settings.load_profile("mambalm")
+        register_random(TORCH_RANDOM)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
