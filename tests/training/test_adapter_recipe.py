@@ -110,6 +110,11 @@ def test_a_recipe_trains_adapters_on_four_bits(recipe: dict[str, Any], tmp_path:
     assert any(value.dtype == torch.uint8 for value in after.values())
     for name, value in fresh.items():
         assert torch.equal(after[name], value), name
+    packed = sum(value.numel() for value in after.values() if value.dtype == torch.uint8)
+    trained = sum(parameter.numel() for parameter in last.network.parameters() if parameter.requires_grad)
+    # Two weights in a byte, a float32 scale for 64 of them.
+    frozen = sum(value.nbytes for value in after.values()) + 4 * 2 * packed // 64
+    assert size_of(settled).state_bytes == frozen + 16 * trained
     kept = FileSystemReader(folder.checkpoints / "step-8").read_metadata().state_dict_metadata
     assert [name for name in kept if ".lora_" not in name and not name.startswith("optimizer.param_groups")] == []
 

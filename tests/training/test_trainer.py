@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.distributed import Ranks
@@ -25,7 +26,9 @@ from mambalm.training.guard import DivergedError, Verdict
 from mambalm.training.metrics import read_metrics
 from mambalm.training.recipe_files import dump
 from mambalm.training.session import Folder, Profile, run
+from mambalm.training.summary import steps_of
 from mambalm.training.trainer import Trainer
+from mambalm_cli import app
 from tests.training.runs import finish, recipe, trainer, write_data
 
 SOURCES = Path(__file__).parents[2] / "src"
@@ -74,6 +77,26 @@ def test_stages_ramp_and_tokens(whole: tuple[list[float], Trainer], data: Path, 
     assert [report["stage"] for report in reports] == sorted((r["stage"] for r in reports), reverse=True)
     assert reports[-1]["tokens"] == made.position.tokens >= 1280
     assert [report["loss"] for report in reports] == whole[0]
+
+
+def test_explain_says_what_the_run_does_and_starts_nothing(
+    whole: tuple[list[float], Trainer], data: Path, tmp_path: Path
+) -> None:
+    made = recipe(data)
+    assert sum(steps_of(made, number) for number in range(len(made.stages))) == len(whole[0])
+    (tmp_path / "recipe.yaml").write_text(dump(made))
+    arguments = ["train", str(tmp_path / "recipe.yaml"), "seed=3", "--explain", "--output", str(tmp_path / "run")]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "seed: 3" in result.output
+    assert f"test: {whole[1].parameters:,} parameters, 1,280 tokens, precision fp32" in result.output
+    assert "1 ranks (single): 0.0 GB of weights, gradients and moments for each" in result.output
+    for number, (name, tokens, batch) in enumerate((("short", "768", "2 to 8"), ("long", "512", "4"))):
+        line = next(line for line in result.output.splitlines() if line.startswith(f"{name} "))
+        assert tokens in line
+        assert batch in line
+        assert f" {steps_of(made, number)} " in line
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_accumulation_does_not_change_the_step(data: Path, tmp_path: Path) -> None:
