@@ -69,6 +69,7 @@ def test_the_loss_falls_and_every_projection_has_moved(four_bits: bool, checkpoi
     adapted = start(checkpoint, Adapter(rank=4, alpha=8, four_bits=four_bits), dtype=torch.float32)
     assert set(adapted.report.adapted) == PROJECTIONS
     assert all(len(names) == 2 for names in adapted.report.adapted.values())
+    assert adapted.report.total == start(checkpoint, Adapter(rank=4)).report.total
     frozen = {n: p.detach().clone() for n, p in adapted.model.named_parameters() if not p.requires_grad}
     losses = train(adapted, batch)
     assert losses[-1] < losses[0] - 0.5

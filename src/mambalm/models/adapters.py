@@ -9,6 +9,7 @@ their own model only. Plain `get_peft_model` keeps its error.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,9 +141,15 @@ def report(model: nn.Module) -> AdapterReport:
     for name, module in model.named_modules():
         if isinstance(module, base_tuner_layer):
             adapted.setdefault(name.rpartition(".")[2], []).append(name)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(_numbers(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trainable = sum(size for size, trains in sizes if trains)
     return AdapterReport(dict(sorted(adapted.items())), trainable, sum(size for size, _ in sizes))
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    """How many a parameter holds; bitsandbytes packs several into a byte, and keeps their shape beside them."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 @contextmanager
