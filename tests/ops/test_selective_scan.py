@@ -214,6 +214,13 @@ def test_packed_is_each_document_alone(backend: str, data: st.DataObject) -> Non
 
 
 @pytest.mark.parametrize("backend", FAST)
+def test_gradients_are_contiguous(backend: str) -> None:
+    """As the compiler is told."""
+    args = arguments(1, 17, 4, 4, 2, dtype=torch.float32)
+    assert all(t.is_contiguous() for t in gradients(scan(backend), args, output_weights(args)).values())
+
+
+@pytest.mark.parametrize("backend", FAST)
 def test_strided_inputs(backend: str) -> None:
     args = arguments(2, 33, 4, 4, dtype=torch.float32)
     strided = {k: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.ndim > 1 else t for k, t in args.items()}

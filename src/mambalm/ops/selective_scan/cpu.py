@@ -85,7 +85,8 @@ def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tenso
     parallel(kernels.backward, inputs.jobs, inputs.work, (*leading, *outputs))
 
     def over_blocks(t: Tensor) -> Tensor:
-        return t.view(inputs.groups, inputs.blocks, l, n).sum(1).transpose(0, 1).reshape(given.B.shape)
+        summed = t.view(inputs.groups, inputs.blocks, l, n).sum(1)
+        return summed.transpose(0, 1).contiguous().view(given.B.shape)
 
     return (
         du,
