@@ -63,7 +63,12 @@ def _has_onednn() -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
+
+
+def _dense(t: Tensor) -> Tensor:
+    """``t``, copied if it is a part of wider rows: transposed, such would be multiplied element by element."""
+    return t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous()
 
 
 def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """numba kernels of the selective scan; see cpu.py for what the arguments are.
 
 Within a job everything is (n, BLOCK) with the channels innermost, in local arrays that stay in the first-level cache;
-rows past the n states and channels past the width of the block are zero. The states are updated eight at a time, so
-that Δ, Δu and y are read once for eight.
+rows past the n states and channels past the width of the block are zero. The states are updated two at a time: with more,
+the polynomials' constants no longer fit the registers (docs/decisions/2026-11-27-cpu-prefill.md).
 """
 
 import numpy as np
@@ -56,28 +56,15 @@ def _load_padded(t, group, matrix, row):  # type: ignore[no-untyped-def]
 @inline
 def _update(h, rate, step, inflow, y, b, c):  # type: ignore[no-untyped-def]
     """h = exp(Δ A) h + Δ u B and y += C h for one step."""
-    for i in range(0, h.shape[0], 8):
-        b0, b1, b2, b3, b4, b5, b6, b7 = b[i], b[i + 1], b[i + 2], b[i + 3], b[i + 4], b[i + 5], b[i + 6], b[i + 7]
-        c0, c1, c2, c3, c4, c5, c6, c7 = c[i], c[i + 1], c[i + 2], c[i + 3], c[i + 4], c[i + 5], c[i + 6], c[i + 7]
+    for i in range(0, h.shape[0], 2):
+        b0, b1, c0, c1 = b[i], b[i + 1], c[i], c[i + 1]
         for j in range(BLOCK):
             s, v = step[j], inflow[j]
-            h0 = h[i + 0, j] * exp2(s * rate[i + 0, j]) + v * b0
+            h0 = h[i, j] * exp2(s * rate[i, j]) + v * b0
             h1 = h[i + 1, j] * exp2(s * rate[i + 1, j]) + v * b1
-            h2 = h[i + 2, j] * exp2(s * rate[i + 2, j]) + v * b2
-            h3 = h[i + 3, j] * exp2(s * rate[i + 3, j]) + v * b3
-            h4 = h[i + 4, j] * exp2(s * rate[i + 4, j]) + v * b4
-            h5 = h[i + 5, j] * exp2(s * rate[i + 5, j]) + v * b5
-            h6 = h[i + 6, j] * exp2(s * rate[i + 6, j]) + v * b6
-            h7 = h[i + 7, j] * exp2(s * rate[i + 7, j]) + v * b7
-            h[i + 0, j] = h0
+            h[i, j] = h0
             h[i + 1, j] = h1
-            h[i + 2, j] = h2
-            h[i + 3, j] = h3
-            h[i + 4, j] = h4
-            h[i + 5, j] = h5
-            h[i + 6, j] = h6
-            h[i + 7, j] = h7
-            y[j] += ((h0 * c0 + h1 * c1) + (h2 * c2 + h3 * c3)) + ((h4 * c4 + h5 * c5) + (h6 * c6 + h7 * c7))
+            y[j] += h0 * c0 + h1 * c1
 
 
 @inline
@@ -190,72 +177,43 @@ def forward(  # type: ignore[no-untyped-def]
 @inline
 def _recompute(a, before, after, rate, step, inflow, y, b, c):  # type: ignore[no-untyped-def]
     """The decays, the states after a step from those before it, and y += C h."""
-    for i in range(0, before.shape[0], 4):
-        b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
-        c0, c1, c2, c3 = c[i], c[i + 1], c[i + 2], c[i + 3]
+    for i in range(0, before.shape[0], 2):
+        b0, b1, c0, c1 = b[i], b[i + 1], c[i], c[i + 1]
         for j in range(BLOCK):
             s, v = step[j], inflow[j]
-            a0 = exp2(s * rate[i + 0, j])
-            a1 = exp2(s * rate[i + 1, j])
-            a2 = exp2(s * rate[i + 2, j])
-            a3 = exp2(s * rate[i + 3, j])
-            h0 = before[i + 0, j] * a0 + v * b0
+            a0, a1 = exp2(s * rate[i, j]), exp2(s * rate[i + 1, j])
+            h0 = before[i, j] * a0 + v * b0
             h1 = before[i + 1, j] * a1 + v * b1
-            h2 = before[i + 2, j] * a2 + v * b2
-            h3 = before[i + 3, j] * a3 + v * b3
-            a[i + 0, j] = a0
-            after[i + 0, j] = h0
+            a[i, j] = a0
             a[i + 1, j] = a1
+            after[i, j] = h0
             after[i + 1, j] = h1
-            a[i + 2, j] = a2
-            after[i + 2, j] = h2
-            a[i + 3, j] = a3
-            after[i + 3, j] = h3
-            y[j] += (h0 * c0 + h1 * c1) + (h2 * c2 + h3 * c3)
+            y[j] += h0 * c0 + h1 * c1
 
 
 @sums
 def _step_back(g, a, before, after, A, step, inflow, dy, b, c, dA, dstep, dinflow, db, dc):  # type: ignore[no-untyped-def]
-    """One step of the recurrence backwards; g holds the gradient of the states, of this step and then of the last."""
-    for i in range(0, g.shape[0], 4):
-        b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
-        c0, c1, c2, c3 = c[i], c[i + 1], c[i + 2], c[i + 3]
-        db0, db1, db2, db3 = f32(0), f32(0), f32(0), f32(0)
-        dc0, dc1, dc2, dc3 = f32(0), f32(0), f32(0), f32(0)
+    """One step of the recurrence backwards; g holds the gradient of the states, of this step and then of the last.
+
+    In loops over few arrays each: for all that LLVM knows they overlap, and it checks before it vectorises, up to eight
+    pairs of a loop.
+    """
+    for i in range(g.shape[0]):
+        bi, ci, db_i, dc_i = b[i], c[i], f32(0), f32(0)
         for j in range(BLOCK):
-            s, v, w = step[j], inflow[j], dy[j]
-            g0 = g[i + 0, j] + c0 * w
-            dc0 += w * after[i + 0, j]
-            db0 += g0 * v
-            r0 = g0 * a[i + 0, j]
-            e0 = r0 * before[i + 0, j]
-            dA[i + 0, j] += e0 * s
-            g[i + 0, j] = r0
-            g1 = g[i + 1, j] + c1 * w
-            dc1 += w * after[i + 1, j]
-            db1 += g1 * v
-            r1 = g1 * a[i + 1, j]
-            e1 = r1 * before[i + 1, j]
-            dA[i + 1, j] += e1 * s
-            g[i + 1, j] = r1
-            g2 = g[i + 2, j] + c2 * w
-            dc2 += w * after[i + 2, j]
-            db2 += g2 * v
-            r2 = g2 * a[i + 2, j]
-            e2 = r2 * before[i + 2, j]
-            dA[i + 2, j] += e2 * s
-            g[i + 2, j] = r2
-            g3 = g[i + 3, j] + c3 * w
-            dc3 += w * after[i + 3, j]
-            db3 += g3 * v
-            r3 = g3 * a[i + 3, j]
-            e3 = r3 * before[i + 3, j]
-            dA[i + 3, j] += e3 * s
-            g[i + 3, j] = r3
-            dstep[j] += (e0 * A[i, j] + e1 * A[i + 1, j]) + (e2 * A[i + 2, j] + e3 * A[i + 3, j])
-            dinflow[j] += (g0 * b0 + g1 * b1) + (g2 * b2 + g3 * b3)
-        db[i], db[i + 1], db[i + 2], db[i + 3] = db0, db1, db2, db3
-        dc[i], dc[i + 1], dc[i + 2], dc[i + 3] = dc0, dc1, dc2, dc3
+            gj = g[i, j] + ci * dy[j]
+            g[i, j] = gj
+            dinflow[j] += gj * bi
+        for j in range(BLOCK):
+            db_i += g[i, j] * inflow[j]
+            dc_i += after[i, j] * dy[j]
+        db[i], dc[i] = db_i, dc_i
+        for j in range(BLOCK):
+            gj = g[i, j] * a[i, j]
+            g[i, j] = gj
+            dstep[j] += gj * before[i, j] * A[i, j]
+        for j in range(BLOCK):
+            dA[i, j] += g[i, j] * before[i, j] * step[j]
 
 
 @inline
