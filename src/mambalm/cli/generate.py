@@ -144,8 +144,7 @@ def _write_texts(pieces: Iterable[tuple[int, str]], rows: int) -> None:
     for row, piece in pieces:
         written[row] += piece
         if rows == 1:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            typer.echo(piece, nl=False)
     if rows == 1:
         typer.echo()
     else:

@@ -5,6 +5,8 @@ A family adds its config class and the layer that it puts into a block; everythi
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from mambalm.models.cache import StateCache, is_recurrent, new_cache, read_cache
 from mambalm.models.outputs import BackboneOutput, CausalLMOutput, cache_name
 from mambalm.models.padding import Packing, find_packing
 from mambalm.models.quantized import plain_projections, require_intact_weights, with_default_skips
+from mambalm.models.writing import full_disks_told
 from mambalm.ops import linear_cross_entropy
 
 IGNORE_INDEX = -100
@@ -78,14 +81,16 @@ class MambalmPreTrainedModel(PreTrainedModel):
             kwargs["quantization_config"] = with_default_skips(quantization_config)
         return super().from_pretrained(*args, **kwargs)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """transformers' `save_pretrained`, which writes every tensor in the dtype that it has.
 
         Raises:
+            OSError: the directory cannot be written to, or the disk is full.
             ValueError: 4-bit weights that bitsandbytes would write wrong.
         """
         require_intact_weights(self)
-        super().save_pretrained(*args, **kwargs)
+        with full_disks_told(Path(save_directory)):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class MambalmModel(MambalmPreTrainedModel):

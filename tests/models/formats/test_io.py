@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import mambalm
-from mambalm.models.formats.io import CheckpointError, Source, read_tensors, write_torch, written_whole
+from mambalm.models.formats.io import CheckpointError, Source, read_tensors, save_tensors, write_torch, written_whole
 from tests.models.formats.checkpoints import LAYOUTS, assert_same, original_tensors, write_original
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(400, dtype=torch.bfloat16)}
@@ -141,6 +144,29 @@ def test_only_a_tensors_own_part_is_saved(tmp_path: Path) -> None:
     large = torch.zeros(100_000)
     write_torch(tmp_path / "x.bin", {"a": large[:10], "b": large[10:20]})
     assert (tmp_path / "x.bin").stat().st_size < 5000
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process grows over 2 KiB, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path: Path) -> None:
+    """safetensors and torch raise errors of their own."""
+    tensors = {"a": torch.zeros(5000)}
+    with pytest.raises(OSError, match=r"cannot write .*x\.safetensors"):
+        save_tensors(tmp_path / "x.safetensors", tensors, {})
+    with pytest.raises(OSError, match=r"cannot write .*x\.bin"):
+        write_torch(tmp_path / "x.bin", tensors)
+    with pytest.raises(OSError, match="cannot write .*model"):
+        LAYOUTS["mamba"].model().save_pretrained(tmp_path / "model")
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:

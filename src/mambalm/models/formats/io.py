@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mambalm.models.writing import full_disks_told
+
 # As transformers wrote them for years: what fits is one file, and writing needs little more memory than one shard.
 SHARD_SIZE = "5GB"
 
@@ -191,14 +193,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write one safetensors file, with the permissions of any new file."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata=dict(metadata))
+    with full_disks_told(path):
+        save_file(dict(tensors), path, metadata=dict(metadata))
     path.chmod(mode)  # safetensors goes by way of a temporary file, which only its owner may read
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a state dict with `torch.save`, which saves a tensor's whole storage: a part of one is copied first."""
     owned = {n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in tensors.items()}
-    torch.save(owned, path)
+    with full_disks_told(path, RuntimeError):
+        torch.save(owned, path)
 
 
 @contextmanager

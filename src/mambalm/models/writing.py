@@ -1,0 +1,18 @@
+"""Writing files, as far as models and formats share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def full_disks_told(path: Path, *others: type[Exception]) -> Iterator[None]:
+    """Turn what safetensors (and, of `others`, torch) raises on a full disk into the OSError that it is."""
+    try:
+        yield
+    except (OSError, SafetensorError, *others) as error:
+        raise OSError(f"cannot write {path}: {error}") from error
