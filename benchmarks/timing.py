@@ -36,7 +36,9 @@ def provenance(commit: str = "") -> dict[str, str]:
     """Device, versions and commit, for the head of a results file; a copy without git is told its ``commit``."""
     import triton
 
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    described = subprocess.run(
+        ["git", "--no-optional-locks", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "python": platform.python_version(),

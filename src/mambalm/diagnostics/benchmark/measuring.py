@@ -135,7 +135,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError):
         told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
         return told.stdout.strip() or "unknown"
