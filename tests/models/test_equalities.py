@@ -252,6 +252,11 @@ def test_errors_name_the_tensor() -> None:
     for message, arguments in wrong:
         with pytest.raises(ValueError, match=message):
             model(ids, **arguments)
+    for message, argument in {"integers": ids[0], r"\(2, 5\) torch.float32, expected integers": ids.float()}.items():
+        with pytest.raises(ValueError, match=f"input_ids is .*{message}"):
+            model(argument)
+    with pytest.raises(ValueError, match=r"inputs_embeds is \(2, 5\) torch.int64, expected floating point"):
+        model(inputs_embeds=ids)
     with pytest.raises(ValueError, match="exclude each other"):
         model(ids[:1], attention_mask=torch.tensor([[0, 1, 1, 1, 1]]), cu_seqlens=cu_seqlens([0, 5]))
     with pytest.raises(ValueError, match=r"cu_seqlens is \(1,\)"):

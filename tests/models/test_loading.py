@@ -39,8 +39,9 @@ def test_the_dtype_is_the_files_or_the_one_asked_for(tmp_path: Path) -> None:
         assert model.config.dtype == torch.float16
     cast = mambalm.load(convert(source, tmp_path / "b", dtype="bfloat16"))
     assert_same(cast.state_dict(), {key: tensor.bfloat16() for key, tensor in kept.items()})
-    with pytest.raises(ValueError, match=r"'int8'.*bfloat16"):
-        mambalm.load(source, dtype="int8")
+    for wrong in ("int8", torch.int8, 8):
+        with pytest.raises(ValueError, match=r"no floating-point dtype.*bfloat16"):
+            mambalm.load(source, dtype=wrong)
 
 
 def test_a_loaded_model_trains_and_leaves_the_file_alone(tmp_path: Path) -> None:

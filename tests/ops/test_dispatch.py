@@ -58,3 +58,19 @@ def test_a_second_derivative_is_refused() -> None:
 def test_vmap() -> None:
     u = torch.randn(3, 1, 5, 4)
     assert torch.equal(torch.func.vmap(scan)(u), torch.stack([scan(row) for row in u]))
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.op)
+@pytest.mark.parametrize("backend", ["portable", None])
+def test_forward_mode_is_refused_since_kernels_drop_tangents(case: Case, backend: str | None) -> None:
+    case = case.shrunk()
+    arguments = case.arguments(torch.device("cpu"), torch.float32)
+    name, value = next((name, value) for name, value in arguments.items() if value.is_floating_point())
+
+    def call(tensor: Tensor) -> Tensor:
+        return case.call(arguments | {name: tensor}, backend)
+
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+        torch.func.jvp(call, (value,), (value,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="backend='reference'"):
+        call(torch.autograd.forward_ad.make_dual(value, value))

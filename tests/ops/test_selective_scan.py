@@ -293,6 +293,13 @@ def test_bad_offsets_are_named(offsets: list[int]) -> None:
         scan("portable", offsets)(**args)
 
 
+def test_what_is_no_tensor_is_refused() -> None:
+    args = arguments(1, 8, 4, 4)
+    for name in ("u", "cu_seqlens"):
+        with pytest.raises(TypeError, match=f"{name} must be an? .*tensor.*got list"):
+            selective_scan(**(args | {name: [0, 8]}))
+
+
 def test_integers_are_refused() -> None:
     args = arguments(1, 8, 4, 4)
     with pytest.raises(TypeError, match="delta must be real floating point"):

@@ -22,11 +22,22 @@ def one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -
     """The one of the two that is given.
 
     Raises:
-        ValueError: both are, or neither.
+        ValueError: both are, or neither, or its shape or dtype is not that of tokens (b, l) or embeddings (b, l, d).
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    return inputs_embeds if input_ids is None else input_ids  # type: ignore[return-value]
+    if input_ids is None:
+        assert inputs_embeds is not None
+        if inputs_embeds.dim() != 3 or not inputs_embeds.is_floating_point():
+            raise ValueError(f"inputs_embeds is {_described(inputs_embeds)}, expected floating point (b, l, d)")
+        return inputs_embeds
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids is {_described(input_ids)}, expected integers (b, l)")
+    return input_ids
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def one_cache(cache_params: Any, cache: Any) -> Any:

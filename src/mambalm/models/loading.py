@@ -156,9 +156,9 @@ def _skeleton(checkpoint: Checkpoint) -> MambalmForCausalLM:
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype that a user named."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if dtype is None:
+        return None
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
             f"dtype {dtype!r} is no floating-point dtype: use float32, bfloat16, float16 or float64, or None for the "

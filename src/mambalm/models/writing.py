@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 @contextmanager
 def full_disks_told(path: Path, *others: type[Exception]) -> Iterator[None]:
     """Turn what safetensors (and, of `others`, torch) raises on a full disk into the OSError that it is."""
+    kinds: tuple[type[Exception], ...] = (OSError, SafetensorError, *others)
     try:
         yield
-    except (OSError, SafetensorError, *others) as error:
+    except kinds as error:
         raise OSError(f"cannot write {path}: {error}") from error

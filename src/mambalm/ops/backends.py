@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMES = ("gluon", "triton", "cpu", "portable", "reference")
 OPS = ("selective_scan", "ssd", "causal_conv1d", "rms_norm")
@@ -178,11 +179,24 @@ def way(
 
     The last is what torch can trace, compile and transform; it costs the host some 60 microseconds, half of what a call
     takes on a GPU and much of a decode step on a CPU.
+
+    Raises:
+        NotImplementedError: under forward-mode differentiation, in which a kernel would drop the tangents.
     """
     tensors = tuple(tensors)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
     if not is_plain(*tensors):
         return op
     return run if not needs_grad(*tensors) else with_gradient or op
+
+
+def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "forward-mode differentiation (torch.func.jvp, jacfwd) is not built: differentiate backwards, or pass "
+            "backend='reference', which is plain torch"
+        )
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

@@ -14,7 +14,9 @@ def shape(op: str, name: str, tensor: Tensor | None, expected: Sequence[int], le
 
 
 def dims(op: str, name: str, tensor: Tensor, count: int, letters: str) -> None:
-    """Raise ValueError unless ``tensor`` has ``count`` axes."""
+    """Raise ValueError unless ``tensor`` has ``count`` axes, TypeError if it is none."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor ({letters}), got {type(tensor).__name__}")
     if tensor.ndim != count:
         raise ValueError(f"{op}: {name} must have {count} axes ({letters}), got shape {tuple(tensor.shape)}")
 
@@ -39,6 +41,8 @@ def offsets(op: str, cu_seqlens: Tensor | None, batch: int, length: int) -> None
     """
     if cu_seqlens is None:
         return
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{op}: cu_seqlens must be an int32 tensor (s + 1), got {type(cu_seqlens).__name__}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
             f"{op}: cu_seqlens must be int32 offsets of shape (s + 1), "
