@@ -165,7 +165,7 @@ def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path: Path) -> None:
         save_tensors(tmp_path / "x.safetensors", tensors, {})
     with pytest.raises(OSError, match=r"cannot write .*x\.bin"):
         write_torch(tmp_path / "x.bin", tensors)
-    with pytest.raises(OSError, match="cannot write .*model"):
+    with pytest.raises(OSError, match=r"cannot write .*model"):
         LAYOUTS["mamba"].model().save_pretrained(tmp_path / "model")
 
 
