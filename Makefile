@@ -9,7 +9,7 @@ QUICKSTART ?= quickstart
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check check-triton test-gpu bench bench-gpu
+.PHONY: help quickstart test check check-triton test-gpu bench bench-cpu bench-gpu
 
 help:
 	@grep -E '^# |^[a-z-]+:.*##' Makefile | sed -E 's/^# //; s/^([a-z-]+):.*## */  make \1: /'
@@ -45,6 +45,11 @@ test-gpu: ## the tests that need a GPU
 
 bench: ## speed and memory of every op, each result behind a check that it is right
 	PYTHONPATH=src $(PYTHON) -m benchmarks
+
+bench-cpu: ## on a CPU, beside transformers (LLAMA=python with llama-cpp-python): prompts, decoding, training, growing lengths
+	for name in "cpu --models mamba-130m mamba-370m mamba2-130m" cpu_length; \
+	do PYTHONPATH=src $(PYTHON) -m benchmarks.$$name $(if $(LLAMA),--llama $(LLAMA)) || exit; done
+	PYTHONPATH=src $(PYTHON) -m benchmarks.cpu_training
 
 bench-gpu: ## on a GPU: every op beside its floor and peers, whole models, decoding, a million tokens
 	for name in selective_scan ssd causal_conv1d rms_norm "models --mode prefill" "models --mode training" decode long_prompt; \

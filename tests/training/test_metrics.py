@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -85,6 +86,7 @@ def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         log.write(step, {"loss": 1.0 / step, "layers/0/delta": 0.5, "stage": "a"})
     log.close()
+    time.sleep(1.1)  # files are read by name, in which the second is what tells a later run from an earlier
     log = MetricsLog(tmp_path, 1)
     log.write(2, {"loss": 7.0})
     log.close()
