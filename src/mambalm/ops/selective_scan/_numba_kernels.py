@@ -1,8 +1,8 @@
 """numba kernels of the selective scan; see cpu.py for what the arguments are.
 
 Within a job everything is (n, BLOCK) with the channels innermost, in local arrays that stay in the first-level cache;
-rows past the n states and channels past the width of the block are zero. The states are updated two at a time: with more,
-the polynomials' constants no longer fit the registers (docs/decisions/2026-11-27-cpu-prefill.md).
+rows past the n states and channels past the width of the block are zero. The states are updated two at a time: with
+more, the polynomials' constants no longer fit the registers (docs/decisions/2026-11-27-cpu-prefill.md).
 """
 
 import numpy as np
