@@ -42,7 +42,7 @@ VOCABULARY, SAMPLED = 4096, 200  # of the tokenizer: tokens, documents that it i
 WARM_UP = 6
 
 
-class _Over(Exception):
+class Over(Exception):
     """Enough was measured."""
 
 
@@ -76,7 +76,7 @@ class Clock(StopRequest):
         if len(self.asked) == self.rounds:
             if self.trainer.checkpoints.is_writing:
                 return False
-            raise _Over
+            raise Over
         self.alone.append(self.bare(self.steps))
         if len(self.asked) == self.rounds - 1:
             print(json.dumps(self.speeds()), flush=True)
@@ -201,7 +201,7 @@ def main() -> None:
         try:
             with ProgressBar(console, recipe.name) as bar:
                 Watch(trainer, output, log, bar, None).run(clock)
-        except _Over:
+        except Over:
             log.close()
         trainer.checkpoints.wait()
     found = {
