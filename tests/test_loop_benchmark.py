@@ -28,8 +28,8 @@ def test_rounds_of_the_loop_and_of_bare_steps_take_turns(tmp_path: Path) -> None
     assert trainer.checkpoints.latest() == WARM_UP + 3
     assert len(clock.times[0]) == 2
     assert len(clock.times[1]) == trainer.position.step - WARM_UP - 2 >= 2
-    speeds = clock.speeds()
-    assert speeds["loop_over_bare"] == pytest.approx(speeds["loop_ms"] / speeds["bare_ms"] - 1, abs=1e-4)
+    speeds = clock.speeds()  # rounded
+    assert speeds["loop_over_bare"] == pytest.approx(speeds["loop_ms"] / speeds["bare_ms"] - 1, abs=1e-3)
     total = sum(clock.times[1])
     lost = clock.checkpoint()["checkpoint_seconds_lost"]
     assert lost == pytest.approx(total - len(clock.times[1]) * speeds["loop_ms"] / 1e3, abs=2e-3)
