@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from mambalm.training.guard import DivergedError, Guard, Verdict
 from mambalm.training.recipe import OptimizerSection
@@ -24,6 +25,18 @@ def test_losses_that_are_not_finite_and_spikes_are_left_out() -> None:
         assert guard.judge(SECTION, loss, norm, False) is Verdict.LEAVE
     assert guard.judge(SECTION, 2.0, math.inf, False) is Verdict.REWIND
     assert (guard.skipped, guard.in_row) == (3, 3)
+
+
+@pytest.mark.parametrize("seen", [99, 100])
+def test_the_device_decides_as_the_guard(seen: int) -> None:
+    mean = 1.7
+    edge = torch.tensor(2 * mean)
+    losses = [1.0, edge.item(), edge.nextafter(torch.tensor(9.0)).item(), edge.nextafter(torch.tensor(0.0)).item()]
+    for loss in (*losses, math.nan, math.inf, -math.inf):
+        for norm in (1.0, math.nan, math.inf):
+            guard = Guard(mean=mean, seen=seen)
+            refused = guard.refuses(SECTION, torch.tensor([loss, norm])).item()
+            assert refused == float(guard.judge(SECTION, loss, norm, False) is not Verdict.APPLY), (loss, norm)
 
 
 def test_a_good_step_ends_a_row() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -43,6 +45,24 @@ def test_a_scaler_leaves_parameters_alone_when_gradients_overflow() -> None:
     stepper.gradients([lambda: model(x).sum()])
     stepper.apply(0.1)
     assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_the_device_refuses_changes_nothing(begun: bool) -> None:
+    model, stepper, x = make()
+    if begun:
+        stepper.gradients([lambda: model(x).sum()])
+        stepper.apply(0.1, unless=torch.tensor(0.0))
+        assert not torch.equal(model.weight, make()[0].weight)
+    before = model.weight.clone(), copy.deepcopy(stepper.optimizer.state.get(model.weight))
+    stepper.gradients([lambda: model(2 * x).square().sum()])
+    stepper.apply(0.1, unless=torch.tensor(1.0))
+    assert torch.equal(model.weight, before[0])
+    after = stepper.optimizer.state[model.weight]
+    for name in after:
+        assert torch.equal(after[name], before[1][name] if before[1] else torch.zeros_like(after[name]))
+    stepper.apply(0.1)
+    assert not torch.equal(model.weight, before[0])
 
 
 def test_nothing_to_learn_from_is_refused() -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from mambalm.training.recipe import OptimizerSection
 
@@ -45,15 +47,25 @@ class Guard:
     overflows: int = 0
     rewinds: int = 0
 
+    def limit(self, section: OptimizerSection) -> float:
+        """The highest loss that is no spike."""
+        return section.spike * self.mean if self.seen >= _MEMORY else math.inf
+
+    def refuses(self, section: OptimizerSection, found: Tensor) -> Tensor:
+        """Whether a step of ``found``, its float32 (loss, norm), will not be applied: 1 or 0, float32 () on its device.
+
+        What `judge` says of it, without a scaler, before anybody has waited for the numbers.
+        """
+        return 1.0 - (found.isfinite().all() & (found[0].double() <= self.limit(section))).float()
+
     def judge(self, section: OptimizerSection, loss: float, norm: float, scaled: bool) -> Verdict:
         """Decide on a step by its loss and gradient norm; ``scaled`` gradients may overflow."""
-        spike = self.seen >= _MEMORY and loss > section.spike * self.mean
         if math.isfinite(loss) and not math.isfinite(norm) and scaled:
             # The scaler looks for its scale that way; without an end to it the scale itself is lost.
             self.overflows += 1
             self.in_row += 1
             return Verdict.REWIND if self.in_row > 10 * section.patience else Verdict.APPLY
-        if math.isfinite(loss) and math.isfinite(norm) and not spike:
+        if math.isfinite(loss) and math.isfinite(norm) and loss <= self.limit(section):
             self.seen += 1
             self.mean += (loss - self.mean) / min(self.seen, _MEMORY)
             self.in_row = 0

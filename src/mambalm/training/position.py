@@ -7,8 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mambalm.data.mixture import MixedStream, open_stream
 from mambalm.data.samples import Batch, collate
+from mambalm.training.distributed import Ranks
 from mambalm.training.model import require_vocabulary
 
 if TYPE_CHECKING:
@@ -42,12 +45,9 @@ class Position:
 class Reader:
     """Batches of a stage by position, the next one read ahead in a thread."""
 
-    def __init__(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocab_size: int, rank: int = 0, world: int = 1
-    ) -> None:
-        """Read for rank ``rank`` of ``world``, for a model of ``vocab_size`` tokens."""
-        self._recipe, self._tokenizer, self._vocab_size = recipe, tokenizer, vocab_size
-        self._rank, self._world = rank, world
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocab_size: int, ranks: Ranks) -> None:
+        """Read for one of ``ranks``, for a model of ``vocab_size`` tokens."""
+        self._recipe, self._tokenizer, self._vocab_size, self._ranks = recipe, tokenizer, vocab_size, ranks
         self._streams: dict[int, MixedStream] = {}
         self._pool = ThreadPoolExecutor(1)
         self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
@@ -95,10 +95,16 @@ class Reader:
         return position.taken | self._streams[position.stage].taken(position.sequences)
 
     def _read(self, stage: int, first: int, batch: int) -> list[Batch]:
-        if batch % self._world:
+        world, device = self._ranks.world, self._ranks.device
+        if batch % world:
             name = self._recipe.stages[stage].name
-            raise ValueError(f"stage {name}: a batch of {batch} sequences cannot be divided among {self._world} ranks")
+            raise ValueError(f"stage {name}: a batch of {batch} sequences cannot be divided among {world} ranks")
         stream, micro = self._streams[stage], self._recipe.stages[stage].micro_batch
-        begin = first + batch // self._world * self._rank
-        end = begin + batch // self._world
-        return [collate([stream[i] for i in range(j, min(j + micro, end))]) for j in range(begin, end, micro)]
+        begin = first + batch // world * self._ranks.rank
+        end = begin + batch // world
+        batches = [collate([stream[i] for i in range(j, min(j + micro, end))]) for j in range(begin, end, micro)]
+        if device.type == "cpu":
+            return batches
+        # A thread begins on the first device, where pinning would make every rank a context.
+        torch.accelerator.set_device_index(device.index or 0)
+        return [each.pinned() for each in batches]

@@ -214,8 +214,8 @@ class Watch:
             OSError: the checkpoint that was being written could not be, on every rank.
         """
         ranks, kept = self.trainer.ranks, self.trainer.checkpoints
-        seen = torch.tensor([request.signal, kept.has_failed], device=ranks.device if ranks.world > 1 else "cpu")
-        number, failed = ranks.sum(seen).tolist()
+        # Between hosts: a device would first finish its step.
+        number, failed = ranks.sum(torch.tensor([request.signal, kept.has_failed])).tolist()
         if failed:
             kept.wait()
         request.signal = max(request.signal, number)

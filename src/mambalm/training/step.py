@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +56,18 @@ class Stepper:
             self.scaler.unscale_(self.optimizer)
         return total, clip_gradients(self._parameters(), self.clip)
 
-    def apply(self, learning_rate: float) -> None:
-        """Change the parameters. With a scaler, gradients that are not finite change nothing but its scale."""
+    def apply(self, learning_rate: float, unless: Tensor | None = None) -> None:
+        """Change the parameters. With a scaler, gradients that are not finite change nothing but its scale.
+
+        ``unless``, float32 (), is for a fused optimizer and no scaler: where the device finds it 1, nothing changes. So
+        the step can be launched before anybody waited for what decides on it.
+        """
         set_learning_rate(self.optimizer, learning_rate)
         if self.scaler is None:
-            self.optimizer.step()
+            optimizer: Any = self.optimizer
+            optimizer.found_inf = unless
+            optimizer.step()
+            del optimizer.found_inf
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()

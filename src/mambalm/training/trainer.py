@@ -86,7 +86,7 @@ class Trainer:
         self.stepper = Stepper(optimizer, section.clip, self.policy.autocast, self.policy.scaler)
         self.rates = LearningRates(self.recipe)
         vocabulary = self.network.config.vocab_size
-        self.reader = Reader(self.recipe, self.tokenizer, vocabulary, self.ranks.rank, self.ranks.world)
+        self.reader = Reader(self.recipe, self.tokenizer, vocabulary, self.ranks)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self._batches: list[Batch] = []
         self._held_out: dict[int, MixedStream | None] = {}
@@ -112,14 +112,13 @@ class Trainer:
         position, stage = self.position, self.stage
         count = stage.batch_at(position.stage_tokens)
         self._batches = self.reader.read(position, count)
-        loss, norm = self._gradients(self._batches)
+        found = self._gradients(self._batches)
         tokens = count * stage.context
         # At the middle of the step's tokens neither the first step of a warm-up nor the last of a decay is wasted.
         rate = self.rates(position.stage, position.stage_tokens + tokens / 2, count)
-        verdict = self.guard.judge(self.recipe.optimizer, loss, norm, self.stepper.scaler is not None)
+        loss, norm, verdict = self._apply(found, rate)
         position.sequences += count
         if verdict is Verdict.APPLY:
-            self.stepper.apply(rate)
             self._count(tokens)
         else:
             self.stepper.leave()
@@ -144,10 +143,23 @@ class Trainer:
             values["mfu"] = 6 * self.parameters * tokens / seconds / peak / self.ranks.world
         return Report(self.position.step, values, verdict)
 
-    def _gradients(self, batches: list[Batch]) -> tuple[float, float]:
-        """(loss, norm of the gradient) of this step, the same on every rank."""
+    def _apply(self, found: Tensor, rate: float) -> tuple[float, float, Verdict]:
+        """(loss, norm, verdict) of the step of which `_gradients` has ``found`` them; changes the parameters if so."""
+        section, scaled = self.recipe.optimizer, self.stepper.scaler is not None
+        if not scaled:
+            # The device decides as the guard will: it has work while this waits for the numbers.
+            self.stepper.apply(rate, unless=self.guard.refuses(section, found))
+        loss, norm = found.tolist()
+        verdict = self.guard.judge(section, loss, norm, scaled)
+        if scaled and verdict is Verdict.APPLY:
+            self.stepper.apply(rate)
+        return loss, norm, verdict
+
+    def _gradients(self, batches: list[Batch]) -> Tensor:
+        """float32 (loss, norm of the gradient) of this step, the same on every rank, not yet waited for."""
         device, world = self.ranks.device, self.ranks.world
-        learned = torch.tensor(sum(int((batch.targets != IGNORED).sum()) for batch in batches), device=device)
+        # Filled by the device: a copy of a number would be waited for.
+        learned = torch.full((), sum(int((batch.targets != IGNORED).sum()) for batch in batches), device=device)
         total = self.ranks.sum(learned).clamp(min=1)
         z_loss = self.recipe.optimizer.z_loss
         # Of dropout: by place, so that a resumed run draws what the uninterrupted one does; of its own on every rank.
@@ -164,8 +176,7 @@ class Trainer:
 
         loss, norm = self.stepper.gradients([loss_of(number, batch) for number, batch in enumerate(batches)])
         # The norm is that of all shards on every rank; what follows from it must not differ by its last bit.
-        value, length = (self.ranks.sum(torch.stack([loss.float(), norm.float()])) / world).tolist()
-        return value, length
+        return self.ranks.sum(torch.stack([loss.float(), norm.float()])) / world
 
     def _synchronise(self, last: bool) -> None:
         """Gradients are exchanged with the last accumulated batch only."""
