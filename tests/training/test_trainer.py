@@ -142,6 +142,14 @@ def test_bad_steps_change_nothing_and_bring_the_checkpoint_back(data: Path, tmp_
     poison.remove()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU that is in use queues nothing")
+def test_steps_leave_nothing_for_gpus_that_are_not_there(data: Path, tmp_path: Path) -> None:
+    run = trainer(recipe(data), tmp_path / "run")
+    before = len(torch.cuda._queued_calls)
+    finish(run, 3)
+    assert len(torch.cuda._queued_calls) == before
+
+
 def test_a_fork_decays_from_another_runs_checkpoint(data: Path, tmp_path: Path) -> None:
     base = trainer(recipe(data), tmp_path / "base")
     finish(base, 6)

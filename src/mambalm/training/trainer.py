@@ -164,7 +164,7 @@ class Trainer:
         z_loss = self.recipe.optimizer.z_loss
         # Of dropout: by place, so that a resumed run draws what the uninterrupted one does; of its own on every rank.
         place = (self.position.stage, self.position.sequences, self.ranks.rank)
-        torch.manual_seed(Random(f"{self.recipe.seed} {place}").getrandbits(63))
+        _seed(Random(f"{self.recipe.seed} {place}").getrandbits(63), device)
 
         def loss_of(number: int, batch: Batch) -> Callable[[], Tensor]:
             def compute() -> Tensor:
@@ -269,3 +269,10 @@ class Trainer:
     @cached_property
     def _bytes(self) -> Tensor:
         return token_bytes(self.tokenizer)
+
+
+def _seed(number: int, device: torch.device) -> None:
+    """Seed the host and this device; `torch.manual_seed` keeps a trace of every call for each kind that is not used."""
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
