@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,12 +43,10 @@ class Batch:
     targets: Tensor
     cu_seqlens: Tensor | None = None
 
-    def pinned(self) -> Batch:
-        """The same in memory that a GPU reads by itself: its copy is not waited for."""
-        offsets = self.cu_seqlens
-        return Batch(
-            self.inputs.pin_memory(), self.targets.pin_memory(), None if offsets is None else offsets.pin_memory()
-        )
+    @property
+    def learned(self) -> int:
+        """How many targets carry a loss."""
+        return int(np.count_nonzero(self.targets.numpy() != IGNORED))
 
 
 class SampleStream(Protocol):
@@ -68,8 +67,11 @@ class SampleStream(Protocol):
         """Sample ``index``, from 0 and without an end."""
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def collate(samples: Sequence[Sample], *, pinned: bool = False) -> Batch:
     """A batch of samples of one length: rows, or one packed row if any of them has documents.
+
+    ``pinned`` puts it into memory that a GPU reads by itself, so that its copy is not waited for. NumPy copies, since
+    torch would wake a team of threads, which beside one that launches kernels costs more than the copy.
 
     Raises:
         ValueError: there is no sample, or their lengths differ.
@@ -77,11 +79,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     lengths = {sample.inputs.numel() for sample in samples}
     if len(lengths) != 1:
         raise ValueError(f"a batch needs samples of one length, got {sorted(lengths) or 'none'}")
-    inputs = torch.stack([sample.inputs for sample in samples])
-    targets = torch.stack([sample.targets for sample in samples])
+    length = lengths.pop()
+    inputs, targets = (torch.empty(len(samples), length, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
+    np.stack([sample.inputs.numpy() for sample in samples], out=inputs.numpy())
+    np.stack([sample.targets.numpy() for sample in samples], out=targets.numpy())
     if all(sample.cu_seqlens is None for sample in samples):
         return Batch(inputs, targets)
-    length = lengths.pop()
     whole = torch.tensor([0, length], dtype=torch.int32)
     ends = [(whole if s.cu_seqlens is None else s.cu_seqlens)[1:] + i * length for i, s in enumerate(samples)]
-    return Batch(inputs.reshape(1, -1), targets.reshape(1, -1), torch.cat([whole[:1], *ends]).to(torch.int32))
+    offsets = torch.cat([whole[:1], *ends]).to(torch.int32)
+    return Batch(inputs.reshape(1, -1), targets.reshape(1, -1), offsets.pin_memory() if pinned else offsets)

@@ -81,10 +81,15 @@ class Reader:
         if position.stage not in self._streams:
             self._streams = {position.stage: self.stream(position.stage, position.taken)}
         ahead, self._ahead = self._ahead, None
-        found = ahead[1].result() if ahead is not None and ahead[0] == key else self._read(*key)
-        following = (position.stage, position.sequences + batch, batch)
-        self._ahead = (following, self._pool.submit(self._read, *following))
-        return found
+        return ahead[1].result() if ahead is not None and ahead[0] == key else self._read(*key)
+
+    def read_ahead(self, position: Position, batch: int) -> None:
+        """Begin to read the batch behind that of a position.
+
+        To be called when the step is launched: while it was, this thread would have competed for the interpreter.
+        """
+        key = (position.stage, position.sequences + batch, batch)
+        self._ahead = (key, self._pool.submit(self._read, *key))
 
     def forget(self) -> None:
         """After a jump to another position."""
@@ -102,9 +107,9 @@ class Reader:
         stream, micro = self._streams[stage], self._recipe.stages[stage].micro_batch
         begin = first + batch // world * self._ranks.rank
         end = begin + batch // world
-        batches = [collate([stream[i] for i in range(j, min(j + micro, end))]) for j in range(begin, end, micro)]
-        if device.type == "cpu":
-            return batches
-        # A thread begins on the first device, where pinning would make every rank a context.
-        torch.accelerator.set_device_index(device.index or 0)
-        return [each.pinned() for each in batches]
+        pinned = device.type != "cpu"
+        if pinned:
+            # A thread begins on the first device, where every rank would make a context.
+            torch.accelerator.set_device_index(device.index or 0)
+        groups = (range(first, min(first + micro, end)) for first in range(begin, end, micro))
+        return [collate([stream[i] for i in group], pinned=pinned) for group in groups]

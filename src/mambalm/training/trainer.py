@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mambalm.data.mixture import MixedStream
-from mambalm.data.samples import IGNORED, Batch
+from mambalm.data.samples import Batch
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.training.adapters import Adapted
 from mambalm.training.checkpoint import Checkpoints
@@ -116,7 +116,7 @@ class Trainer:
         tokens = count * stage.context
         # At the middle of the step's tokens neither the first step of a warm-up nor the last of a decay is wasted.
         rate = self.rates(position.stage, position.stage_tokens + tokens / 2, count)
-        loss, norm, verdict = self._apply(found, rate)
+        loss, norm, verdict = self._apply(found, rate, count)
         position.sequences += count
         if verdict is Verdict.APPLY:
             self._count(tokens)
@@ -143,12 +143,13 @@ class Trainer:
             values["mfu"] = 6 * self.parameters * tokens / seconds / peak / self.ranks.world
         return Report(self.position.step, values, verdict)
 
-    def _apply(self, found: Tensor, rate: float) -> tuple[float, float, Verdict]:
+    def _apply(self, found: Tensor, rate: float, count: int) -> tuple[float, float, Verdict]:
         """(loss, norm, verdict) of the step of which `_gradients` has ``found`` them; changes the parameters if so."""
         section, scaled = self.recipe.optimizer, self.stepper.scaler is not None
         if not scaled:
             # The device decides as the guard will: it has work while this waits for the numbers.
             self.stepper.apply(rate, unless=self.guard.refuses(section, found))
+        self.reader.read_ahead(self.position, count)
         loss, norm = found.tolist()
         verdict = self.guard.judge(section, loss, norm, scaled)
         if scaled and verdict is Verdict.APPLY:
@@ -159,7 +160,7 @@ class Trainer:
         """float32 (loss, norm of the gradient) of this step, the same on every rank, not yet waited for."""
         device, world = self.ranks.device, self.ranks.world
         # Filled by the device: a copy of a number would be waited for.
-        learned = torch.full((), sum(int((batch.targets != IGNORED).sum()) for batch in batches), device=device)
+        learned = torch.full((), sum(batch.learned for batch in batches), device=device)
         total = self.ranks.sum(learned).clamp(min=1)
         z_loss = self.recipe.optimizer.z_loss
         # Of dropout: by place, so that a resumed run draws what the uninterrupted one does; of its own on every rank.
