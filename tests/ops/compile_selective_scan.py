@@ -19,7 +19,7 @@ from mambalm.ops.selective_scan import _gluon_kernels, _triton_kernels
 ACTIVATIONS = {"u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz"}
 FLOATS = {"A", "D", "bias", "initial", "final", "checkpoints", "dfinal", "dA", "dBC", "dD", "dbias", "dinitial"}
 FLOATS |= {"scratch", "ends", "totals"}
-COMMON = {"SOFTPLUS": True, "PIECE": 16, "STATES": 16}
+COMMON = {"SOFTPLUS": True, "PIECE": 32, "STATES": 16}
 STAGED = COMMON | {"LANES": 4, "SEVERAL": 2}
 
 

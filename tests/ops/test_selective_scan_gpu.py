@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mambalm.ops import selective_scan
+from mambalm.ops.selective_scan import _launch
 from tests.helpers import FLOAT32, assert_close, assert_no_worse, cu_seqlens, gradients, relative_error
 from tests.ops.test_selective_scan import arguments, output_weights, scan
 
@@ -33,12 +34,24 @@ def on_gpu(args: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.cuda() for name, t in args.items()}
 
 
+@pytest.mark.parametrize("many", [False, True], ids=["few elements", "many elements"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("b", "l", "d", "n", "g", "offsets"), CASES)
 def test_against_reference(
-    b: int, l: int, d: int, n: int, g: int, offsets: list[int] | None, dtype: torch.dtype, backend: str
+    b: int,
+    l: int,
+    d: int,
+    n: int,
+    g: int,
+    offsets: list[int] | None,
+    dtype: torch.dtype,
+    backend: str,
+    many: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if many:
+        monkeypatch.setattr(_launch, "_MANY_ELEMENTS", 0)
     args = on_gpu(arguments(b, l, d, n, g, rows=None if offsets is None else len(offsets) - 1, dtype=dtype))
     weights = output_weights(args)
     packed = None if offsets is None else cu_seqlens(offsets, "cuda")

@@ -9,6 +9,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from mambalm.ops import BackendError, explain, selective_scan  # noqa: E402
+from mambalm.ops.selective_scan import _launch  # noqa: E402
 from tests.helpers import FLOAT32, assert_close, gradients  # noqa: E402
 from tests.ops.test_selective_scan import arguments, output_weights, scan  # noqa: E402
 
@@ -25,8 +26,13 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("many", [False, True], ids=["few elements", "many elements"])
 @pytest.mark.parametrize(("b", "l", "d", "n", "g", "offsets"), CASES)
-def test_against_reference(b: int, l: int, d: int, n: int, g: int, offsets: list[int] | None) -> None:
+def test_against_reference(
+    b: int, l: int, d: int, n: int, g: int, offsets: list[int] | None, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if many:
+        monkeypatch.setattr(_launch, "_MANY_ELEMENTS", 0)
     args = arguments(b, l, d, n, g, rows=None if offsets is None else len(offsets) - 1, dtype=torch.float32)
     weights = output_weights(args)
     exact = gradients(scan("reference", offsets), {k: t.double() for k, t in args.items()}, weights)

@@ -12,9 +12,8 @@ from mambalm.ops.backends import Call
 from mambalm.ops.selective_scan.arguments import Arguments
 from mambalm.ops.triton_support import dense_channels, launch, on
 
-# Steps between the states kept for the backward, which computes those between again: 4 / 16 * n bytes per element
-# of u. The Gluon backward holds one such piece in shared memory.
-CHECKPOINT_STEPS = 16
+# Elements of u from which on fewer states are kept for the backward: memory counts, and there is work for all.
+_MANY_ELEMENTS = 2**24
 MOST_STATES = 256
 
 # Rows (of the batch, or packed documents) whose shares of dA, dD and the bias gradient are kept apart and then summed
@@ -30,14 +29,21 @@ def unsupported(call: Call) -> str | None:
 
 
 def checkpoint_shape(call: Call) -> tuple[int, ...]:
-    """One state for every ``CHECKPOINT_STEPS`` steps begun of every row: (pieces, d, n)."""
+    """One state for every `checkpoint_steps` begun of every row: (pieces, d, n)."""
     b, l, d, n = (call.sizes[axis] for axis in "bldn")
-    return (_pieces(b, l, call.sizes.get("s")), d, n)
+    return (_pieces(b, l, d, call.sizes.get("s")), d, n)
 
 
-def _pieces(b: int, l: int, documents: int | None) -> int:
+def checkpoint_steps(b: int, l: int, d: int) -> int:
+    """Steps between the states kept for the backward, which computes those between again: 4 n / steps bytes per element
+    of u. The Gluon backward holds one such piece in shared memory."""
+    return 32 if b * l * d >= _MANY_ELEMENTS else 16
+
+
+def _pieces(b: int, l: int, d: int, documents: int | None) -> int:
     """Document i, from position p, keeps its states from piece p // steps + i on: disjoint without reading offsets."""
-    return b * -(-l // CHECKPOINT_STEPS) if documents is None else l // CHECKPOINT_STEPS + documents
+    steps = checkpoint_steps(b, l, d)
+    return b * -(-l // steps) if documents is None else l // steps + documents
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,12 @@ class Problem:
         """What both kernels take first, by name."""
         sizes = {"length": self.l, "channels": self.d, "states": self.n, "groups": self.g}
         sizes["per_group"] = self.d // self.g
-        return {**self.tensors, **self.strides, **sizes, "SOFTPLUS": self.softplus, "PIECE": CHECKPOINT_STEPS}
+        return {**self.tensors, **self.strides, **sizes, "SOFTPLUS": self.softplus, "PIECE": self.piece}
+
+    @property
+    def piece(self) -> int:
+        """Steps between two checkpoints."""
+        return checkpoint_steps(self.b, self.l, self.d)
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised float32 tensor on the call's device."""
@@ -151,7 +162,7 @@ def launch_forward(
     y = torch.empty(problem.b, problem.l, problem.d, dtype=problem.dtype, device=problem.device)
     final = problem.empty(problem.rows, problem.d, problem.n)
     documents = None if problem.tensors["cu_seqlens"] is None else problem.rows
-    pieces = _pieces(problem.b, problem.l, documents)
+    pieces = _pieces(problem.b, problem.l, problem.d, documents)
     checkpoints = problem.empty(pieces, problem.d, problem.n) if save else None
     with on(problem.device):
         arguments = problem.arguments() | {"y": y, "final": final, "checkpoints": checkpoints, "BLOCK": BLOCK} | meta

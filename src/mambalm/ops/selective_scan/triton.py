@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mambalm.ops.backends import Call
 from mambalm.ops.selective_scan import _launch
-from mambalm.ops.selective_scan._launch import CHECKPOINT_STEPS, Problem, checkpoint_shape
+from mambalm.ops.selective_scan._launch import Problem, checkpoint_shape
 from mambalm.ops.selective_scan._triton_kernels import scan_backward, scan_forward
 from mambalm.ops.selective_scan.arguments import Arguments
 
@@ -13,7 +13,7 @@ __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
 # States of a program, which is one warp.
 _FORWARD_CELLS, _BACKWARD_CELLS = 1024, 512
-# Steps loaded at once by the forward; divides CHECKPOINT_STEPS.
+# Steps loaded at once by the forward; divides the steps between checkpoints.
 _AHEAD = 4
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
@@ -45,7 +45,7 @@ def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tenso
     problem = Problem.of(Arguments(*inputs))
     blocks = _blocks(problem, _BACKWARD_CELLS)
     programs = problem.blocks(blocks["BLOCK"]) * problem.shares()
-    scratch = problem.empty(programs, CHECKPOINT_STEPS, blocks["BLOCK"], blocks["STATES"])
+    scratch = problem.empty(programs, problem.piece, blocks["BLOCK"], blocks["STATES"])
     return _launch.launch_backward(
         scan_backward, problem, dy, dfinal_state, checkpoints, _OPTIONS, scratch=scratch, **blocks
     )
