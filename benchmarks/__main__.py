@@ -25,6 +25,8 @@ from mambalm.diagnostics.verify import FLOAT32_TOLERANCE, HALF, HALF_PRECISION_F
 from mambalm.ops.backends import OPS
 
 RESULTS = Path(__file__).parent / "results"
+# float32 gradients that ssd makes by matrix products of half-precision operands: 11 bits, as in its tests.
+_OF_PRODUCTS = 2**-11
 
 
 def main() -> None:
@@ -87,7 +89,8 @@ def wrong_tensors(case: Case, device: torch.device, dtype: torch.dtype, backend:
     for name, truth in exact.items():
         reference = relative_error(rounded[name], truth) if rounded else 0.0
         error = relative_error(found[name], truth)
-        if not error <= max(FLOAT32_TOLERANCE, HALF_PRECISION_FACTOR * reference):
+        allowed = _OF_PRODUCTS if case.op == "ssd" and dtype in HALF else FLOAT32_TOLERANCE
+        if not error <= max(allowed, HALF_PRECISION_FACTOR * reference):
             wrong[name] = error
     return wrong
 
