@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
+from mambalm.ops.backends import is_plain, needs_grad
 from mambalm.ops.linear import linear
+from mambalm.ops.linear_parts import linear_parts
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that multiplies on a CPU in the way that is fast there; see ``mambalm.ops.linear``."""
+    """``nn.Linear`` that multiplies in the way that is fast on the device; see ``product``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., k), weight (n, k), bias (n) -> x weightᵀ + bias (..., n); on a CPU see ``mambalm.ops.linear``.
+
+    Autocast on a GPU rounds the weight, not its gradient.
+    """
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and _is_trained(x, weight, bias):
+        return linear_parts(x, weight, bias, weight.shape[:1])[0]
+    return linear(x, weight, bias)
+
+
+def in_parts(projection: nn.Module, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """``projection(x).split(sizes, dim=-1)``; on a GPU the backward of a plain projection copies no part's gradient."""
+    if type(projection) is Linear and x.is_cuda and not _is_observed(projection):
+        weight, bias = projection.weight, projection.bias
+        fits = x.dtype == weight.dtype or torch.is_autocast_enabled("cuda")
+        if fits and _is_trained(x, weight, bias):
+            return linear_parts(x, weight, bias, sizes)
+    return projection(x).split(sizes, dim=-1)
+
+
+def _is_trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return is_plain(x, weight, bias) and needs_grad(x, weight, bias)
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Whether anybody wants to see the module's call: hooks, or a ``forward`` put over its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)

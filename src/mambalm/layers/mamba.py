@@ -18,11 +18,10 @@ from mambalm.layers.initialization import (
     step_bias,
     uniform,
 )
-from mambalm.layers.linear import Linear
+from mambalm.layers.linear import Linear, in_parts, product
 from mambalm.layers.recomputation import Recomputation, is_wanted
 from mambalm.layers.state import MambaState
 from mambalm.ops import rms_norm, selective_scan
-from mambalm.ops.linear import linear
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -44,7 +43,11 @@ class StepProjection(Linear):
         """(..., dt_rank) -> (..., d), in x's dtype: float32 weights may meet bfloat16 activations under FSDP2."""
         # As rows: of a slice with more axes torch would add the bias in a pass of its own.
         rows = x.reshape(-1, x.shape[-1])
-        y = super().forward(rows) if self.scan_bias is None else linear(rows, self.weight.to(x.dtype))
+        if self.scan_bias is None:
+            y = super().forward(rows)
+        else:
+            cast = torch.is_autocast_enabled(x.device.type)
+            y = product(rows, self.weight if cast else self.weight.to(x.dtype))
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -164,7 +167,7 @@ class Mamba(nn.Module):
             TypeError: the state is of another kind of layer.
             ValueError: a shape does not fit; the message names the tensor.
         """
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, z = in_parts(self.in_proj, x, (self.d_inner, self.d_inner))
         conv, ssm = MambaState.unpack(state)
         if not self.recomputes(x):
             y, conv, ssm = self._inner(u, z, conv, ssm, cu_seqlens)

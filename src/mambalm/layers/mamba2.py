@@ -19,7 +19,7 @@ from mambalm.layers.initialization import (
     uniform,
     uniform_log,
 )
-from mambalm.layers.linear import Linear
+from mambalm.layers.linear import Linear, in_parts
 from mambalm.layers.mamba import full_precision
 from mambalm.layers.norm import RMSNorm
 from mambalm.layers.recomputation import Recomputation, is_wanted
@@ -156,7 +156,7 @@ class Mamba2(nn.Module):
     ) -> Any:
         """Read x (b, l, d_model) on from ``state``; the contract is that of ``Mamba.forward``."""
         conv, ssm = MambaState.unpack(state)
-        mlp_gate, mlp, z, xBC, dt = self.in_proj(x).split(self._split, dim=-1)
+        mlp_gate, mlp, z, xBC, dt = in_parts(self.in_proj, x, self._split)
         with Recomputation() if self.recomputes(x) else nullcontext() as again:
             y, conv, ssm = self._inner(z, xBC, dt, conv, ssm, cu_seqlens, return_state, again)
             if self.d_ssm < self.d_inner:

@@ -1,0 +1,90 @@
+"""A product whose output is cut into parts: its backward multiplies the parts' gradients where they lie.
+
+Autograd would first copy them into one gradient of the whole output, and round the weight's gradient to autocast's
+dtype before it makes float32 of it: passes over memory that take some 3 % of a training step on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mambalm.ops.backends import exact
+
+
+def linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """``torch.nn.functional.linear``, then ``split(sizes, dim=-1)``, under autocast in its dtype; one derivative only.
+
+    Args:
+        x: (..., k).
+        weight: (n, k); its gradient is summed and returned in its dtype, also where autocast multiplies in bfloat16.
+        bias: (n).
+        sizes: of the parts, n in all.
+
+    Returns:
+        The parts (..., size), views of one tensor (..., n), or that tensor.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return _Parts.apply(x.to(dtype), weight, bias, dtype, tuple(sizes))
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, sizes: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
+        with exact(x.device):
+            rounded = weight.to(dtype)
+            y = F.linear(x, rounded, None if bias is None else bias.to(dtype))
+        ctx.save_for_backward(x, rounded)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.sizes = sizes
+        ctx.set_materialize_grads(False)
+        return (y,) if len(sizes) == 1 else y.split(sizes, dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        weight_dtype, bias_dtype = ctx.dtypes
+        rows = x.reshape(-1, x.shape[-1])
+        given = [None if g is None or not g.numel() else g.reshape(-1, g.shape[-1]) for g in gradients]
+        dx = dweight = dbias = None
+        with exact(x.device):
+            if wants_x:
+                dx = _input_gradient(given, weight.split(ctx.sizes), rows).view(x.shape)
+            if wants_weight:
+                dweight = torch.empty(weight.shape, dtype=weight_dtype, device=weight.device)
+                for part, g in zip(dweight.split(ctx.sizes), given, strict=True):
+                    _weight_gradient(g, rows, part)
+            if wants_bias:
+                sums = [rows.new_zeros(n) if g is None else g.sum(0) for g, n in zip(given, ctx.sizes, strict=True)]
+                dbias = torch.cat(sums).to(bias_dtype)
+        return dx, dweight, dbias, None, None
+
+
+def _input_gradient(gradients: Sequence[Tensor | None], weights: Sequence[Tensor], rows: Tensor) -> Tensor:
+    dx = None
+    for g, weight in zip(gradients, weights, strict=True):
+        if g is not None:
+            dx = g @ weight if dx is None else dx.addmm_(g, weight)
+    return torch.zeros_like(rows) if dx is None else dx
+
+
+def _weight_gradient(g: Tensor | None, rows: Tensor, out: Tensor) -> None:
+    """gᵀ rows into ``out``, unrounded in between where its dtype is wider and the device multiplies so."""
+    if g is None:
+        out.zero_()
+    elif out.dtype == rows.dtype:
+        torch.mm(g.T, rows, out=out)
+    elif out.is_cuda and torch.version.hip is None:
+        torch.mm(g.T, rows, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(g.T @ rows)

@@ -1,0 +1,106 @@
+"""A product in parts is the product, cut; so are its gradients, and none is rounded on its way into a wider weight."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambalm.diagnostics.verify import relative_error
+from mambalm.layers import Mamba, Mamba2
+from mambalm.layers.linear import Linear, in_parts
+from mambalm.ops.linear_parts import linear_parts
+
+SIZES = (5, 0, 7, 3)
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def arguments(device: str, dtype: torch.dtype) -> list[Tensor]:
+    shapes = ((2, 9, 11), (sum(SIZES), 11), (sum(SIZES),))
+    return [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("unused", [(), (0,), (1, 3), (0, 2, 3)])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_gradients_of_parts(device: str, has_bias: bool, unused: tuple[int, ...]) -> None:
+    x, weight, bias = arguments(device, torch.float64)
+    leaves = [x, weight, bias] if has_bias else [x, weight]
+    given = bias if has_bias else None
+    whole = F.linear(x, weight, given).split(SIZES, dim=-1)
+    parts = linear_parts(x, weight, given, SIZES)
+    weights = [torch.randn_like(part) for part in whole]
+
+    def loss(found: tuple[Tensor, ...]) -> Tensor:
+        return sum((p * w).sum() for i, (p, w) in enumerate(zip(found, weights, strict=True)) if i not in unused)
+
+    for part, truth in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, truth)
+    found_truth = zip(torch.autograd.grad(loss(parts), leaves), torch.autograd.grad(loss(whole), leaves), strict=True)
+    for found, truth in found_truth:
+        torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_autocast_keeps_the_weight_gradient_unrounded(device: str) -> None:
+    x, weight, bias = arguments(device, torch.float32)
+    with torch.autocast(device, torch.bfloat16):
+        parts = linear_parts(x, weight, bias, SIZES)
+    weights = [torch.randn_like(part) for part in parts]
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+    found = torch.autograd.grad(parts, [x, weight, bias], weights)
+    assert [g.dtype for g in found] == [torch.float32] * 3
+    exact = [t.detach().bfloat16().double().requires_grad_() for t in (x, weight, bias)]
+    whole = F.linear(*exact).split(SIZES, dim=-1)
+    truth = torch.autograd.grad(whole, exact, [w.double() for w in weights])
+    unrounded = device == "cuda" and torch.version.hip is None
+    assert relative_error(found[1], truth[1]) < (1e-6 if unrounded else 2**-8)
+    assert relative_error(found[0], truth[0]) < 2**-7  # dx is rounded after every part
+    assert relative_error(found[2], truth[2]) < 2**-8
+
+
+def test_frozen_weight_has_no_gradient() -> None:
+    x, weight, bias = arguments("cpu", torch.float32)
+    weight.requires_grad_(False)
+    sum(part.sum() for part in linear_parts(x, weight, bias, SIZES)).backward()
+    assert [t.grad is None for t in (x, weight, bias)] == [False, True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", [Mamba, Mamba2])
+def test_layer_has_the_gradients_of_the_uncut_product(layer: type) -> None:
+    torch.manual_seed(0)
+    sizes = {"headdim": 32} if layer is Mamba2 else {}
+    mixer = layer(64, d_state=16, device="cuda", **sizes)
+    x = torch.randn(2, 65, 64, device="cuda", requires_grad=True)
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(mixer(x).square().sum(), [x, *mixer.parameters()])
+
+    cut = gradients()
+    handle = mixer.in_proj.register_forward_hook(lambda *_: None)
+    uncut = gradients()
+    handle.remove()
+    for found, truth in zip(cut, uncut, strict=True):
+        assert relative_error(found, truth.double()) < 1e-5
+
+
+@pytest.mark.gpu
+def test_autocast_on_a_gpu_rounds_no_projection_s_weight_gradient() -> None:
+    projection = Linear(64, 48, device="cuda")
+    x = torch.randn(2, 33, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = projection(x)
+    y.add_(1)  # no view of something else
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert projection.weight.grad is not None
+    assert relative_error(projection.weight.grad, dy.double().flatten(0, 1).T @ x.double().flatten(0, 1)) < 1e-6
+
+
+@pytest.mark.gpu
+def test_hooks_see_the_call() -> None:
+    projection, seen = Linear(8, 6, device="cuda"), []
+    x = torch.randn(1, 3, 8, device="cuda")
+    projection.register_forward_hook(lambda module, given, output: seen.append(output.shape))
+    assert [part.shape for part in in_parts(projection, x, (2, 4))] == [(1, 3, 2), (1, 3, 4)]
+    assert seen == [(1, 3, 6)]
