@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import RESULTS, model
-from benchmarks.timing import provenance
+from benchmarks.models import model
+from benchmarks.timing import RESULTS, device_folder, provenance
 from mambalm.generation import Engine, Sampling, Settings
 from mambalm.generation.sampling import Plan
 
@@ -129,8 +129,7 @@ def main() -> None:
         del engine
         gc.collect()
         torch.cuda.empty_cache()
-    folder = options.output / torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = device_folder(options.output)
     (folder / "decode.json").write_text(json.dumps({**provenance(options.commit), "cases": rows}, indent=1) + "\n")
 
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import RESULTS
-from benchmarks.timing import provenance
+from benchmarks.timing import RESULTS, device_folder, provenance
 from mambalm.generation import Engine, Settings, read
 from mambalm.generation.reading import chosen_chunk_size
 from mambalm.models.shapes import random_model, shape
@@ -67,8 +66,7 @@ def main() -> None:
     head["weights_GB"] = round(sum(p.nbytes for p in model.parameters()) / 1e9, 3)
     # The first rounds compile kernels.
     text = json.dumps({**head, "cases": rows[2:]}, indent=1)
-    folder = options.output / torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = device_folder(options.output)
     (folder / "long_prompt.json").write_text(text + "\n")
 
 

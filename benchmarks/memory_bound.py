@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor
 
 from benchmarks.__main__ import wrong_tensors
 from benchmarks.cases import Case
-from benchmarks.timing import device_ms, provenance
+from benchmarks.timing import RESULTS, device_folder, device_ms, provenance
 
 # A copy on an H200, measured.
 _BYTES_PER_MS = 4257e6
-RESULTS = Path(__file__).parent / "results" / "h200"
 
 
 def measure(
@@ -51,6 +49,5 @@ def write(op: str, gate: Case, rows: Callable[[], list[dict[str, Any]]]) -> None
     found = rows()
     for row in found:
         print(json.dumps(row))
-    RESULTS.mkdir(parents=True, exist_ok=True)
     results = {**provenance(options.commit), "backend": "triton", "dtype": "bfloat16", "rows": found}
-    (RESULTS / f"{op}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (device_folder(RESULTS) / f"{op}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import provenance
+from benchmarks.timing import RESULTS, device_folder, provenance
 from mambalm.models.shapes import random_model, shape
 
-RESULTS = Path(__file__).parent / "results"
 PEAK_FLOPS = 989e12  # bfloat16, dense, of an H100 or H200 by its datasheet
 
 # What the cases call the shapes of `mambalm.models.shapes`.
@@ -146,9 +145,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="", help="what was measured, where there is no git")
     options = parser.parse_args()
-    device = torch.cuda.get_device_name()
-    folder = options.output / device.lower().removeprefix("nvidia ").replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = device_folder(options.output)
     for mode in [options.mode] if options.mode else MODES:
         function, cases = MODES[mode]
         rows = []

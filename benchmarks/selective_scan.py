@@ -1,10 +1,10 @@
-"""selective_scan against floors and peers: `python -m benchmarks.selective_scan [--output FOLDER] [--figure FILE]`.
+"""selective_scan against floors and peers: `python -m benchmarks.selective_scan [--output FOLDER] [--draw JSON PNG]`.
 
 bfloat16 activations with float32 A, D and Δ bias, n = 16, with z and softplus, random data; device time by events, L2
 flushed, medians. A backend whose outputs or gradients fail the comparison with the reference is not timed. The floor is
 the larger of two times: u, Δ, z and y once through memory (the backward: twice that), and n exponentials per element.
-The peer is mamba_ssm 2.3.2.post1, measured on the same kind of GPU. `--figure` draws the time against the length from
-the results file, without a GPU.
+The peer is mamba_ssm 2.3.2.post1, measured on an H200. `--draw` draws the time against the length from a results file,
+without a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.__main__ import wrong_tensors
 from benchmarks.cases import Case
 from benchmarks.peers import Times, against_length, beside, draw
-from benchmarks.timing import device_ms, provenance
+from benchmarks.timing import RESULTS, device_folder, device_ms, provenance
 from mambalm import ops
 
 # Of an H200, measured: copies in bytes per millisecond, and exponentials per millisecond.
@@ -77,7 +77,7 @@ def arguments(row: Row) -> dict[str, Tensor]:
 
 
 def measure(row: Row, backend: str, *, backward: bool) -> dict[str, Any]:
-    """The row's times, those of the backward on request, and the wall time of the first forward and backward, which is
+    """The row's times, those of the backward on request, and the wall time of the first call, which is
     that of compilation unless the kernels are cached."""
     values = arguments(row)
     leaves = {name: t.requires_grad_() for name, t in values.items()}
@@ -92,14 +92,16 @@ def measure(row: Row, backend: str, *, backward: bool) -> dict[str, Any]:
         return torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
 
     start = time.perf_counter()
-    gradients(forward())
+    with torch.set_grad_enabled(backward):
+        y = forward()
+    if backward:
+        gradients(y)
     torch.cuda.synchronize()
     result: dict[str, Any] = {"first_call_s": round(time.perf_counter() - start, 2)}
     with torch.no_grad():
         result["forward_ms"] = device_ms(forward)
     if backward:
         result["forward_saving_ms"] = device_ms(forward)
-        y = forward()
         result["backward_ms"] = device_ms(lambda: gradients(y))
     return result
 
@@ -121,14 +123,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Gate, measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.selective_scan", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "h200")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="", help="what is measured, where there is no git to ask")
     parser.add_argument("--backend", default="gluon", choices=("gluon", "triton"))
-    parser.add_argument("--figure", type=Path, help="draw the results of --output into this PNG, measure nothing")
+    parser.add_argument(
+        "--draw", type=Path, nargs=2, metavar=("JSON", "PNG"), help="draw these results, measure nothing"
+    )
     options = parser.parse_args()
-    if options.figure:
-        results = json.loads((options.output / "selective_scan.json").read_text())
-        return draw(results, options.figure, "selective_scan, 5120 channels", lambda row: row["d"] == 5120)
+    if options.draw:
+        return draw(
+            json.loads(options.draw[0].read_text()),
+            options.draw[1],
+            "selective_scan, 5120 channels",
+            lambda row: row["d"] == 5120,
+        )
     gate = Case("selective_scan", {"b": 2, "l": 67, "d": 48, "n": 16})
     if wrong := wrong_tensors(gate, torch.device("cuda"), torch.bfloat16, options.backend):
         raise SystemExit(f"the {options.backend} backend is wrong, so it is not timed: {wrong}")
@@ -138,7 +146,7 @@ def main() -> None:
         rows.append(beside(row.shape | measured, row.floors, row.goal, row.peer))
         torch.cuda.empty_cache()
     print(table(rows))
-    options.output.mkdir(parents=True, exist_ok=True)
+    folder = device_folder(options.output)
     head = {**provenance(options.commit), "backend": options.backend, "dtype": "bfloat16"}
     results = {**head, "rows": rows, "lengths": []}
 
@@ -147,7 +155,7 @@ def main() -> None:
 
     for found in against_length(longer):
         results["lengths"].append(found)
-        (options.output / "selective_scan.json").write_text(json.dumps(results, indent=1) + "\n")
+        (folder / "selective_scan.json").write_text(json.dumps(results, indent=1) + "\n")
     return None
 
 

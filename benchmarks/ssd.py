@@ -1,11 +1,11 @@
-"""ssd against its floors and peers: `python -m benchmarks.ssd [--output FOLDER] [--figure FILE]`.
+"""ssd against its floors and peers: `python -m benchmarks.ssd [--output FOLDER] [--draw JSON PNG]`.
 
 bfloat16 activations with float32 A, D and Δ bias, heads of 64 channels, 128 states, one group, random data; x, B and C
 are views of one tensor, as in a layer. Device time by events, L2 flushed, medians; wall time of eager calls one after
 the other. A backend whose outputs or gradients fail the comparison with the reference is not timed. The floor is the
 larger of two times: x and y once through memory, and the operations of chunks of 64 tokens on the tensor cores (the
-backward: 2.6 times the operations, twice the bytes). The peer is mamba_ssm 2.3.2.post1 on the same kind of GPU.
-`--figure` draws the time against the length from the results file, without a GPU.
+backward: 2.6 times the operations, twice the bytes). The peer is mamba_ssm 2.3.2.post1 on an H200.
+`--draw` draws the time against the length from a results file, without a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.__main__ import wrong_tensors
 from benchmarks.cases import Case
 from benchmarks.peers import against_length, beside, draw
-from benchmarks.timing import device_ms, provenance
+from benchmarks.timing import RESULTS, device_folder, device_ms, provenance
 from mambalm import ops
 
 # Of an H200, measured: copies in bytes and bfloat16 products in operations per millisecond.
@@ -136,14 +136,20 @@ def step(b: int, peer: float, backend: str | None) -> dict[str, Any]:
 def main() -> None:
     """Gate, measure, print and write; or draw what was written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ssd", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "h200")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="", help="what is measured, where there is no git to ask")
     parser.add_argument("--backend", choices=("triton",), help="by default the automatic choice")
-    parser.add_argument("--figure", type=Path, help="draw the results of --output into this PNG, measure nothing")
+    parser.add_argument(
+        "--draw", type=Path, nargs=2, metavar=("JSON", "PNG"), help="draw these results, measure nothing"
+    )
     options = parser.parse_args()
-    if options.figure:
-        results = json.loads((options.output / "ssd.json").read_text())
-        return draw(results, options.figure, "ssd, 80 heads of 64 channels, 128 states", lambda row: row["h"] == 80)
+    if options.draw:
+        return draw(
+            json.loads(options.draw[0].read_text()),
+            options.draw[1],
+            "ssd, 80 heads of 64 channels, 128 states",
+            lambda row: row["h"] == 80,
+        )
     reasons = ops.explain("ssd", "cuda", torch.bfloat16)
     backend = options.backend or next(name for name, reason in reasons.items() if reason is None)
     gate = Case("ssd", {"b": 2, "l": 167, "h": 32, "p": _CHANNELS, "g": 1, "n": _STATES})
@@ -158,11 +164,11 @@ def main() -> None:
     steps = [step(b, peer, backend) for b, peer in STEPS]
     print(json.dumps(steps), flush=True)
     head = {**provenance(options.commit), "backend": backend, "dtype": "bfloat16"}
-    options.output.mkdir(parents=True, exist_ok=True)
+    folder = device_folder(options.output)
     results = {**head, "rows": rows, "steps": steps, "lengths": []}
     for found in against_length(lambda l, backward: measure(1, l, 80, backend, backward=backward)):
         results["lengths"].append(found)
-        (options.output / "ssd.json").write_text(json.dumps(results, indent=1) + "\n")
+        (folder / "ssd.json").write_text(json.dumps(results, indent=1) + "\n")
     return None
 
 

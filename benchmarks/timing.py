@@ -6,8 +6,11 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+RESULTS = Path(__file__).parent / "results"
 
 # More than any L2, and cycles enough for the host to have launched everything before the device gets to it.
 _FLUSH_BYTES, _HEAD_START = 256 << 20, 2_000_000
@@ -30,6 +33,13 @@ def device_ms(function: Callable[[], object], repeats: int = 15) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return round(statistics.median(times), 4)
+
+
+def device_folder(results: Path) -> Path:
+    """The folder of this GPU's results, made if need be: such as ``results``/h200."""
+    folder = results / torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def provenance(commit: str = "") -> dict[str, str]:
