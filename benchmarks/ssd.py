@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ssd", description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="", help="what is measured, where there is no git to ask")
-    parser.add_argument("--backend", choices=("triton",), help="by default the automatic choice")
+    parser.add_argument("--backend", choices=("gluon", "triton"), help="by default the automatic choice")
     parser.add_argument(
         "--draw", type=Path, nargs=2, metavar=("JSON", "PNG"), help="draw these results, measure nothing"
     )

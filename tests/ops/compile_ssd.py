@@ -18,9 +18,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mambalm.ops import triton_support
-from mambalm.ops.ssd import _launch
+from mambalm.ops.ssd import _gluon_kernels, _launch, gluon
 from mambalm.ops.ssd import triton as backend
 
 # Bytes of shared memory that a program can have, and multiprocessors.
@@ -29,6 +31,7 @@ NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 # dtype, (b, l, h, p, n, g), which of the gate, the states and the packing are there
 CASES: tuple[tuple[torch.dtype, tuple[int, ...], str], ...] = (
     (torch.bfloat16, (8, 2048, 80, 64, 128, 1), ""),
+    (torch.bfloat16, (1, 2000, 16, 64, 128, 2), "states"),
     (torch.float32, (1, 2000, 16, 64, 128, 2), "states"),
     (torch.bfloat16, (1, 1200, 16, 64, 128, 2), "gate states packed"),
     (torch.bfloat16, (1, 200, 8, 256, 256, 1), "gate"),
@@ -36,7 +39,19 @@ CASES: tuple[tuple[torch.dtype, tuple[int, ...], str], ...] = (
     (torch.bfloat16, (2, 37, 16, 64, 128, 2), "gate states"),
 )
 MOST = "90"  # the target for which all of them are compiled, for others the first
+HOPPER = "90"  # the target for which the outputs of some are made by a kernel of its own
+GLUON = _gluon_kernels.scan
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]
+
+
+class Noted:
+    """In place of the Gluon kernel: a launch becomes a line in ``found``."""
+
+    def __init__(self, found: list[Launch]) -> None:
+        self.found = found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda num_warps, **arguments: self.found.append((GLUON, arguments, {"num_warps": num_warps}))
 
 
 def launches(dtype: torch.dtype, sizes: tuple[int, ...], there: str, target: str) -> list[Launch]:
@@ -66,12 +81,16 @@ def launches(dtype: torch.dtype, sizes: tuple[int, ...], there: str, target: str
         mock.patch.object(triton_support, "shared_memory", return_value=shared),
         mock.patch.object(backend, "multiplies_from_shared", return_value=target not in ("80", "89")),
         mock.patch.object(_launch, "processors", return_value=processors),
+        mock.patch.object(gluon, "processors", return_value=processors),
+        mock.patch.object(_gluon_kernels, "scan", Noted(found)),
         mock.patch.object(torch.version, "hip", None if target.isdecimal() else "6"),
     ):
         given = arguments(l)
         _, final, _ = backend.forward(*given, final="states" in there, save=True)
         backend.backward(empty(b, l, h, p), final if "states" in there else None, *given, None)
         backend.forward(*arguments(1), final=True, save=False)
+        if target == HOPPER:
+            gluon.forward(*given, final="states" in there, save=True)
     return found
 
 
@@ -79,7 +98,8 @@ def compile_launch(launch: Launch, target: str) -> Any:
     """The launch compiled, specialised to its arguments as Triton does."""
     kernel, _, options = launch
     gpu = GPUTarget("cuda", int(target), 32) if target.isdecimal() else GPUTarget("hip", target, 64)
-    return triton.compile(ASTSource(kernel, *specialised(launch)), target=gpu, options=options)
+    source = GluonASTSource if kernel is GLUON else ASTSource
+    return triton.compile(source(kernel, *specialised(launch)), target=gpu, options=options)
 
 
 def specialised(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
@@ -88,19 +108,24 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[An
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        signature[parameter.name] = kind = "constexpr" if parameter.is_constexpr else argument_type(value)
+        kind = "constexpr" if parameter.is_constexpr else argument_type(value, parameter.do_not_specialize)
+        signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(i,)] = value
+        elif parameter.do_not_specialize:
+            pass
         elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
 
-def argument_type(value: Any) -> str:
+def argument_type(value: Any, general: bool) -> str:
     """Triton's name for the type of an argument."""
     if isinstance(value, Tensor):
         return NAMES[value.dtype]
-    if value is None or (isinstance(value, int) and value == 1):
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<bf16{list(value.block_shape)},{value.layout!r}>"
+    if value is None or (isinstance(value, int) and value == 1 and not general):
         return "constexpr"
     return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
 

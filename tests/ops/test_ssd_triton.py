@@ -176,3 +176,8 @@ def test_refusals_are_named(change: dict[str, int], message: str) -> None:
     args = arguments(1, 2, 2, 2, change.get("n", 4), dtype=dtype)
     with pytest.raises(BackendError, match=message):
         ssd(**args, backend="triton")
+
+
+def test_gluon_says_why_not() -> None:
+    reason = explain("ssd", "cuda", torch.bfloat16)["gluon"]
+    assert reason == "Gluon does not run in Triton's interpreter"
