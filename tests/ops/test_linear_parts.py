@@ -53,7 +53,7 @@ def test_autocast_keeps_the_weight_gradient_unrounded(device: str) -> None:
     whole = F.linear(*exact).split(SIZES, dim=-1)
     truth = torch.autograd.grad(whole, exact, [w.double() for w in weights])
     unrounded = device == "cuda" and torch.version.hip is None
-    assert relative_error(found[1], truth[1]) < (1e-6 if unrounded else 2**-8)
+    assert relative_error(found[1], truth[1]) < (1e-5 if unrounded else 2**-8)
     assert relative_error(found[0], truth[0]) < 2**-7  # dx is rounded after every part
     assert relative_error(found[2], truth[2]) < 2**-8
 
@@ -94,7 +94,7 @@ def test_autocast_on_a_gpu_rounds_no_projection_s_weight_gradient() -> None:
     dy = torch.randn_like(y)
     y.backward(dy)
     assert projection.weight.grad is not None
-    assert relative_error(projection.weight.grad, dy.double().flatten(0, 1).T @ x.double().flatten(0, 1)) < 1e-6
+    assert relative_error(projection.weight.grad, dy.double().flatten(0, 1).T @ x.double().flatten(0, 1)) < 1e-5
 
 
 @pytest.mark.gpu
