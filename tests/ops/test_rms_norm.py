@@ -224,6 +224,8 @@ def test_shapes_without_data(variant: str) -> None:
         ({"residual": torch.zeros(3, 4)}, r"residual must have shape \(..., d\) = \(2, 3, 4\), got \(3, 4\)"),
         ({"group_size": 3}, "4 channels of x cannot be split into groups of group_size 3"),
         ({"group_size": 0}, "4 channels of x cannot be split into groups of group_size 0"),
+        ({"eps": -1e-5}, "eps must be at least 0, got -1e-05"),
+        ({"eps": float("nan")}, "eps must be at least 0, got nan"),
         ({"weight": torch.zeros(4, device="meta")}, "weight is on meta, x on cpu"),
         ({"gate": torch.zeros(2, 3, 4), "residual_in_fp32": True}, "gate excludes residual"),
         ({"gate": torch.zeros(2, 3, 4), "residual": torch.zeros(2, 3, 4)}, "gate excludes residual"),

@@ -29,7 +29,7 @@ def rms_norm(
     Args:
         x: (..., d).
         weight: (d); one if None.
-        eps: added to the mean square.
+        eps: added to the mean square; at least 0.
         gate: (..., d), applied before the normalisation, as Mamba-2 does (arXiv:2405.21060). Excludes a residual.
         group_size: take the mean over each group of that many neighbouring channels; None: over all d.
         residual: the residual stream so far (..., d).
@@ -42,11 +42,11 @@ def rms_norm(
         rounding. Every tensor has a gradient. Arithmetic is float32, float64 for a float64 x.
 
     Raises:
-        ValueError, TypeError: a shape, device or dtype does not fit, or gate and residual are both given; the message
-            names the argument.
+        ValueError, TypeError: a shape, device or dtype does not fit, eps is negative, or gate and residual are both
+            given; the message names the argument.
         BackendError: the backend asked for cannot run the call.
     """
-    group_size = _check(x, weight, gate, group_size, residual, residual_in_fp32)
+    group_size = _check(x, weight, eps, gate, group_size, residual, residual_in_fp32)
     acc = backends.accumulation_dtype(x.dtype)
     stream_dtype = acc if residual_in_fp32 or residual is None else residual.dtype
     name = backends.requested(backend)
@@ -64,6 +64,7 @@ def rms_norm(
 def _check(
     x: Tensor,
     weight: Tensor | None,
+    eps: float,
     gate: Tensor | None,
     group_size: int | None,
     residual: Tensor | None,
@@ -76,6 +77,8 @@ def _check(
     group_size = d if group_size is None else group_size
     if group_size < 1 or d % group_size:
         raise ValueError(f"{_OP}: the {d} channels of x cannot be split into groups of group_size {group_size}")
+    if not eps >= 0:
+        raise ValueError(f"{_OP}: eps must be at least 0, got {eps}")
     if gate is not None and (residual is not None or residual_in_fp32):
         raise ValueError(f"{_OP}: gate excludes residual and residual_in_fp32; add the residual before, or norm twice")
     checks.shape(_OP, "weight", weight, (d,), "d")
