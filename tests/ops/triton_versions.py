@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-TARGETS = ("80", "90", "100", "gfx942")
+TARGETS = ("80", "89", "90", "100", "gfx942")
 OLDEST = (3, 6, 0)
 
 
