@@ -160,12 +160,35 @@ def test_nothing_is_left_half_written(task: Tokenization) -> None:
     with pytest.raises(TokenFileError, match=r"has no tokens\.json: finish"):
         Corpus.open(task.folder)
     path.write_bytes(b'{"text": ""}\n')
+    empty = task.folder.with_name("in") / "empty"
     with pytest.raises(TokenFileError, match="no document with text"):
-        tokenize(dataclasses.replace(task, folder=task.folder.with_name("empty")), workers=1)
+        tokenize(dataclasses.replace(task, folder=empty), workers=1)
+    assert not empty.parent.exists()
     (task.folder.with_name("other")).mkdir()
     (task.folder.with_name("other") / "mine.txt").write_text("x")
     with pytest.raises(TokenFileError, match="is not empty"):
         tokenize(dataclasses.replace(task, folder=task.folder.with_name("other")), workers=1)
+
+
+@pytest.mark.parametrize("broken", [b'{"text": "\xff"}\n', b'{"other": 1}\n'])
+def test_a_refused_input_leaves_nothing(broken: bytes, task: Tokenization) -> None:
+    Path(task.inputs[0]).write_bytes(broken)
+    with pytest.raises(InputError):
+        tokenize(task, workers=1)
+    assert not task.folder.exists()
+    task.folder.mkdir()
+    with pytest.raises(InputError):
+        tokenize(task, workers=1)
+    assert list(task.folder.iterdir()) == []
+
+
+def test_damage_between_shards_and_metadata_leaves_no_metadata(task: Tokenization, tokenizer_folder: str) -> None:
+    tokenize(task, workers=1)
+    (task.folder / "tokens.json").unlink()
+    flip(task.folder / "000001.ds.index", 6)
+    with pytest.raises(TokenFileError, match="goes backwards"):
+        collect(task.folder, tokenizer_folder)
+    assert not (task.folder / "tokens.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -235,3 +258,4 @@ def test_a_smaller_vocabulary_is_refused(task: Tokenization, tmp_path: Path) -> 
     (task.folder / "tokens.json").unlink()
     with pytest.raises(TokenFileError, match="not written with a vocabulary of 257"):
         collect(task.folder, str(tmp_path / "small"))
+    assert not (task.folder / ".partial").exists()

@@ -107,6 +107,8 @@ def tokenize(
     Raises:
         InputError: an input cannot be read.
         TokenFileError: the folder was begun with other inputs or settings, or holds something else.
+
+    After an error before the first shard is complete nothing is left of the folder.
     """
     tokenizer = load_tokenizer(task.tokenizer)
     if (task.folder / METADATA).exists():
@@ -116,7 +118,24 @@ def tokenize(
         return Outcome(verify(task.folder))
     _check(task, tokenizer)
     units = plan(task.inputs, task.reading, unit_bytes=task.unit_bytes, pattern=task.pattern)
+    made = [folder for folder in (task.folder, *task.folder.parents) if not folder.exists()]
     _begin(task, tokenizer, units)
+    try:
+        return _go_on(task, tokenizer, units, workers, on_progress)
+    except Exception:
+        if not any(shard.documents for shard in noted(task.folder).values()):
+            _remove(task.folder, made)
+        raise
+
+
+def _go_on(
+    task: Tokenization,
+    tokenizer: PreTrainedTokenizerBase,
+    units: list[list[Piece]],
+    workers: int,
+    on_progress: Callable[[int, int, int], None] | None,
+) -> Outcome:
+    """Write the shards that are not there yet, and then the metadata."""
     finished = noted(task.folder)
     left = [number for number in range(len(units)) if _name(number) not in finished]
     sizes = [sum(piece.size for piece in unit) for unit in units]
@@ -133,6 +152,16 @@ def tokenize(
     return outcome
 
 
+def _remove(folder: Path, made: list[Path]) -> None:
+    """Undo `_begin`: remove what this library writes into a folder, and the folders that were made for it."""
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    for path in folder.glob("*.ds*"):
+        path.unlink()
+    with contextlib.suppress(OSError):  # somebody put something else there
+        for path in made:
+            path.rmdir()
+
+
 def collect(folder: Path, tokenizer_name: str) -> Metadata:
     """Write tokens.json for the shards that a cluster's tasks wrote with `WriteTokens`, or datatrove's own steps did.
 
@@ -143,11 +172,12 @@ def collect(folder: Path, tokenizer_name: str) -> Metadata:
     names = sorted(path.name for path in folder.glob("*.ds"))
     if not names:
         raise TokenFileError(f"{folder} holds no .ds file: tokenise into it first")
-    (folder / STAGING).mkdir(exist_ok=True)
     known = noted(folder)
-    for name in names:
-        if name not in known:
-            note(folder, _described(folder / name, tokenizer))
+    # All before the first is noted: another tokenizer's counts would otherwise stay.
+    described = [_described(folder / name, tokenizer) for name in names if name not in known]
+    (folder / STAGING).mkdir(exist_ok=True)
+    for shard in described:
+        note(folder, shard)
     empty = Metadata(
         len(tokenizer),
         tokenizer_name,
@@ -274,7 +304,11 @@ def _finish(folder: Path, metadata: Metadata) -> Metadata:
     if not shards:
         raise TokenFileError(f"the inputs of {folder} hold no document with text: check --field and --pattern")
     write_whole(folder / METADATA, replace(metadata, shards=shards).to_json())
-    verified = verify(folder)
+    try:
+        verified = verify(folder)
+    except TokenFileError:
+        (folder / METADATA).unlink()
+        raise
     shutil.rmtree(folder / STAGING)
     return verified
 
