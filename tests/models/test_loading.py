@@ -97,6 +97,17 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
         mambalm.load(source)
 
 
+@pytest.mark.parametrize("layout", ["mamba", "mamba2attn"])
+def test_a_billion_layers_are_refused_before_they_are_built(layout: str, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "a", layout)
+    converted = convert(source, tmp_path / "b")
+    for folder, name in ((source, "n_layer"), (converted, "num_hidden_layers")):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: 10**9}))
+        with pytest.raises(CheckpointError, match=r"has 1,000,000,000 layers, the weights have \d\d tensors"):
+            mambalm.load(folder)
+
+
 def test_unknown_formats_are_told_what_is_known(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no known format.*params\.json.*holds nothing"):
         mambalm.load(tmp_path)

@@ -61,6 +61,19 @@ class Checkpoint:
             shutil.copyfile(path, folder / path.name)
 
 
+def require_depth(layers: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Compare the layers that a configuration tells of with the tensors, before anything is built of so many.
+
+    Raises:
+        CheckpointError: there are more layers than tensors.
+    """
+    if isinstance(layers, int) and layers > len(tensors):
+        raise CheckpointError(
+            f"the configuration has {layers:,} layers, the weights have {len(tensors):,} tensors in all: it is damaged "
+            "or another model's; use the one saved with these weights"
+        )
+
+
 def make_config(kind: type[PreTrainedConfig], fields: Mapping[str, Any]) -> PreTrainedConfig:
     """A configuration of its fields; CheckpointError if one is of the wrong type or they contradict each other."""
     try:

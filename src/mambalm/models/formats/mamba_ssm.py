@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Mamba2Config, MambaConfig, PreTrainedConfig
 
 from mambalm.layers import Mamba, Mamba2
-from mambalm.models.formats.checkpoint import EMBEDDINGS, HEAD, Checkpoint, assemble, make_config
+from mambalm.models.formats.checkpoint import EMBEDDINGS, HEAD, Checkpoint, assemble, make_config, require_depth
 from mambalm.models.formats.io import CheckpointError, Source, read_tensors, write_json, write_torch
 from mambalm.models.hybrid import HybridConfig
 
@@ -114,10 +114,12 @@ def recognises(source: Source) -> bool:
 
 def read(source: Source) -> Checkpoint:
     """Read a checkpoint; see `config_from` for what its configuration becomes."""
-    config = config_from(source.json("config.json") or {})
+    raw, tensors = source.json("config.json") or {}, read_tensors(_files(source))
+    require_depth(raw.get("n_layer"), tensors)
+    config = config_from(raw)
     if (ids := source.json("generation_config.json")) is not None:
         set_token_ids(config, {key: ids.get(key) for key in TOKEN_IDS})
-    return assemble(config, read_tensors(_files(source)), source)
+    return assemble(config, tensors, source)
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mambalm.models.formats import mamba_ssm
-from mambalm.models.formats.checkpoint import Checkpoint, assemble
+from mambalm.models.formats.checkpoint import Checkpoint, assemble, require_depth
 from mambalm.models.formats.io import CheckpointError, Source, read_tensors
 
 NAME = "mistral"
@@ -31,9 +31,10 @@ def read(source: Source) -> Checkpoint:
     Raises:
         CheckpointError: params.json is of a transformer, or has a field that is not known.
     """
-    config = mamba_ssm.config_from(_as_mamba_ssm(source.json("params.json") or {}))
+    params, tensors = source.json("params.json") or {}, read_tensors(_files(source))
+    require_depth(params.get("n_layers"), tensors)
+    config = mamba_ssm.config_from(_as_mamba_ssm(params))
     mamba_ssm.set_token_ids(config, TOKEN_IDS)
-    tensors = read_tensors(_files(source))
     return assemble(config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, source)
 
 

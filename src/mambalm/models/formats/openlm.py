@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mambalm.models.formats import mamba_ssm
-from mambalm.models.formats.checkpoint import HEAD, Checkpoint, assemble
+from mambalm.models.formats.checkpoint import HEAD, Checkpoint, assemble, require_depth
 from mambalm.models.formats.io import CheckpointError, Source, parse_json, read_torch
 
 NAME = "openlm"
@@ -56,6 +56,7 @@ def read(source: Source) -> Checkpoint:
     if "tie_embeddings" not in raw and embeddings is not None:
         head = tensors.get(HEAD, embeddings)
         raw["tie_embeddings"] = head.shape == embeddings.shape and torch.equal(head, embeddings)
+    require_depth(raw["n_layer"], tensors)
     return assemble(mamba_ssm.config_from(raw), tensors, Source(path.parent))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import FalconMambaConfig, Mamba2Config, MambaConfig, PreTrainedConfig
 
-from mambalm.models.formats.checkpoint import Checkpoint, assemble, make_config
+from mambalm.models.formats.checkpoint import Checkpoint, assemble, make_config, require_depth
 from mambalm.models.formats.io import CheckpointError, Source, read_tensors, write_safetensors
 from mambalm.models.hybrid import HybridConfig
 
@@ -44,10 +44,12 @@ def read(source: Source) -> Checkpoint:
             "config.json has a quantization_config: mambalm.load reads unquantised checkpoints; load this one with "
             "mambalm.register() and AutoModelForCausalLM.from_pretrained"
         )
+    tensors = read_tensors(_files(source))
+    require_depth(fields["num_hidden_layers"], tensors)
     # transformers spells infinite limits in its own way, and reads that back here.
     fields, _ = CONFIGS[kind].get_config_dict(source.folder)
     config = make_config(CONFIGS[kind], fields)
-    return assemble(config, read_tensors(_files(source)), source)
+    return assemble(config, tensors, source)
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
