@@ -148,7 +148,7 @@ def _skeleton(checkpoint: Checkpoint) -> MambalmForCausalLM:
     try:
         with torch.device("meta"):
             model = family(checkpoint.config)
-    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{checkpoint.folder}: no model can be built from the configuration: {error}") from error
     require_match(checkpoint, model.state_dict())
     return model

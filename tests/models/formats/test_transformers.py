@@ -98,6 +98,8 @@ def test_the_embeddings_early_name_is_read(tmp_path: Path) -> None:
         ({"state_size": "many"}, "not a valid MambaConfig: [^\n]*state_size"),
         ({"model_type": ["mamba"]}, r"\['mamba'\].*mamba2"),
         ({"dtype": "float99"}, "float99"),
+        ({"dtype": []}, "not a valid MambaConfig"),
+        ({"model_type": "mamba2", "time_step_limit": []}, "no model can be built"),
         ({"hidden_size": -3}, "no model can be built"),
     ],
 )

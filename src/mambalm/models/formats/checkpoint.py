@@ -78,7 +78,7 @@ def make_config(kind: type[PreTrainedConfig], fields: Mapping[str, Any]) -> PreT
     """A configuration of its fields; CheckpointError if one is of the wrong type or they contradict each other."""
     try:
         return kind.from_dict(dict(fields))
-    except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
+    except (StrictDataclassError, AttributeError, IndexError, TypeError, ValueError) as error:
         # transformers breaks its messages into lines; it looks a dtype up as an attribute of torch.
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the configuration is not a valid {kind.__name__}: {reason}") from error
