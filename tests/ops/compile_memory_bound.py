@@ -16,7 +16,7 @@ from mambalm.ops.causal_conv1d import _triton_kernels as convolution
 from mambalm.ops.linear_cross_entropy import _triton_kernels as loss
 from mambalm.ops.rms_norm import _triton_kernels as norm
 
-ACTIVATIONS = {"x", "y", "dy", "dx", "gate", "dgate", "dlogits"}
+ACTIVATIONS = {"x", "y", "dy", "dx", "gate", "dgate", "dbranch", "dlogits"}
 FLOATS = {"weight", "bias", "initial", "final", "dfinal", "dinitial", "shares", "residual", "total", "dstream"}
 FLOATS |= {"source", "dsource", "logits", "factors", "losses"}
 OTHERS = {"cu_seqlens": "*i32", "labels": "*i64", "eps": "fp32", "z_loss": "fp32"}

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mambalm.ops import linear_cross_entropy
 from tests.helpers import FLOAT32, assert_close, assert_no_worse, gradients
-from tests.ops.test_linear_cross_entropy import REDUCTIONS, arguments, labels_for, ours, output_weights, torchs
+from tests.ops.test_linear_cross_entropy import (
+    REDUCTIONS,
+    arguments,
+    labels_for,
+    ours,
+    output_weights,
+    reference,
+    torchs,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -41,3 +50,18 @@ def test_autocast(reduction: str) -> None:
     assert found["dweight"].dtype == found["dbias"].dtype == torch.float32
     assert_close(found, exact, 2 * torch.finfo(torch.bfloat16).eps)
     assert_close({"loss": found["out0"]}, {"loss": exact["out0"]}, FLOAT32)
+
+
+def test_more_than_2_to_the_31_logits_at_once() -> None:
+    """One chunk of so many, whose last rows begin behind 2^31: losses and gradients are those of small chunks."""
+    n, v = 2**16 + 5, 2**15 + 9
+    assert n * v > 2**31
+    args = {name: t.cuda() for name, t in arguments(n, 64, v=v, dtype=torch.bfloat16).items() if name != "bias"}
+    labels = torch.randint(v, (n,), device="cuda")
+    one, many = (gradients(ours(labels, "sum", chunk_size=size), args, [torch.ones(())]) for size in (n, 4096))
+    assert_close(one, many, torch.finfo(torch.bfloat16).eps)
+    assert_close({"dx": one["dx"][-200:]}, {"dx": many["dx"][-200:]}, torch.finfo(torch.bfloat16).eps)
+    losses = linear_cross_entropy(*args.values(), labels, reduction="none", chunk_size=n)
+    last = slice(n - 200, n)
+    exact = reference(args["x"][last].double(), args["weight"].double(), labels[last], None, 0.0, "none")
+    assert_close({"losses": losses[last]}, {"losses": exact}, FLOAT32)

@@ -123,6 +123,20 @@ def test_against_reference(
         assert_no_worse(found, gradients(norm(variant, "reference"), args, weights), exact)
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_gradients_of_a_half_precision_branch_and_a_float32_stream(backend: str) -> None:
+    """The two are one sum, which each has in its own dtype."""
+    args = arguments("residual", 7, 33, dtype=torch.float32)
+    args["x"] = args["x"].bfloat16()
+    weights = output_weights("residual", args["x"])
+    exact = gradients(norm("residual", "reference"), {name: t.double() for name, t in args.items()}, weights)
+    found = gradients(norm("residual", backend), args, weights)
+    assert torch.equal(found["dx"], found["dresidual"].bfloat16())
+    close = ("dresidual", "dweight", "out1")
+    eps = 2 * torch.finfo(torch.bfloat16).eps  # dy has x's dtype
+    assert_close({name: found[name] for name in close}, {name: exact[name] for name in close}, eps)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestStream:
     """In which dtype the residual stream goes on, and what is normalised."""

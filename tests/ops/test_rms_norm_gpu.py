@@ -32,6 +32,20 @@ def test_against_reference(variant: str, dtype: torch.dtype, shape: tuple[int, .
         assert_no_worse(found, gradients(norm(variant, "reference"), args, weights), exact)
 
 
+@pytest.mark.parametrize("d", [768, 2560, 33])
+def test_gradients_of_a_half_precision_branch_and_a_float32_stream(d: int) -> None:
+    """The two are one sum, which each has in its own dtype."""
+    args = {name: t.cuda() for name, t in arguments("residual", 300, d, dtype=torch.float32).items()}
+    args["x"] = args["x"].bfloat16()
+    weights = output_weights("residual", args["x"])
+    weights[0] = weights[0].bfloat16().to(weights[0].dtype)
+    exact = gradients(norm("residual", "reference"), {name: t.double() for name, t in args.items()}, weights)
+    found = gradients(norm("residual", "triton"), args, weights)
+    assert torch.equal(found["dx"], found["dresidual"].bfloat16())
+    close = ("dresidual", "dweight", "out1")
+    assert_close({name: found[name] for name in close}, {name: exact[name] for name in close}, FLOAT32)
+
+
 @pytest.mark.parametrize("variant", ["plain", "gate and groups", "residual in float32"])
 def test_repeated_bit_for_bit_and_captured_in_a_graph(variant: str) -> None:
     module = import_module("mambalm.ops.rms_norm.triton")
@@ -42,7 +56,7 @@ def test_repeated_bit_for_bit_and_captured_in_a_graph(variant: str) -> None:
     def both() -> tuple[Any, ...]:
         y, stream = module.forward(*given, args.get("residual"), *options, torch.float32)
         source = stream if stream.numel() else args["x"]
-        return y, stream, *module.backward(y, None, source, *given[1:], *options)
+        return y, stream, *module.backward(y, None, source, *given[1:], *options, torch.bfloat16)
 
     expected = both()
     graph = torch.cuda.CUDAGraph()

@@ -60,6 +60,7 @@ def norm_backward(
     weight,
     gate,
     dsource,
+    dbranch,
     dgate,
     shares,
     dy_row,
@@ -74,7 +75,8 @@ def norm_backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradients; ``shares`` (programs, channels) are the programs' parts of that of the weight.
+    """The gradients, that of the source once more as ``dbranch``; ``shares`` (programs, channels) are the programs'
+    parts of that of the weight.
 
     A program takes every so-many-th tile of tokens. With n = h / rms and w the weight,
     dh = (w dy - n mean(w dy n)) / rms.
@@ -108,6 +110,8 @@ def norm_backward(
         if dstream is not None:
             dh += tl.load(dstream + token * dstream_row + channel, mask=there, other=0.0).to(tl.float32)
         tl.store(dsource + token * channels + channel, dh.to(dsource.dtype.element_ty), mask=there)
+        if dbranch is not None:
+            tl.store(dbranch + token * channels + channel, dh.to(dbranch.dtype.element_ty), mask=there)
         token += programs * ROWS
     if weight is not None:
         share = shares + program.to(tl.int64) * channels + channel

@@ -57,8 +57,10 @@ def backward(
     gate: Tensor | None,
     eps: float,
     group_size: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of the ``source`` (x, or the residual stream), of weight and of gate."""
+    branch_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the ``source`` (x, or the residual stream), of weight and of gate, and the first of them once
+    more in ``branch_dtype``, for what was added to the stream in that dtype."""
     d = source.shape[-1]
     count = source.numel() // d
     jobs = -(-count // kernels.ROWS)
@@ -69,4 +71,5 @@ def backward(
     more = (*_readable(gate), gate is not None, np.float32(eps), group_size)
     outputs = (rows(dsource)[0], shares.numpy(), _readable(dgate)[0])
     parallel(kernels.backward, jobs, 3 * source.numel(), (count, *inputs, *more, *outputs))
-    return dsource, None if weight is None else shares.sum(0), dgate
+    dbranch = None if branch_dtype is None else dsource.to(branch_dtype)
+    return dsource, None if weight is None else shares.sum(0), dgate, dbranch

@@ -126,14 +126,16 @@ def _run_backward(
     eps: float,
     group_size: int,
     dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
     backend: str,
 ) -> list[Tensor]:
-    """The gradients of source (in ``dtype``), weight and gate; an absent one's is an empty tensor."""
+    """The gradients of source (in ``dtype``), weight and gate, and that of source in ``branch_dtype`` as well; an
+    absent one's is an empty tensor."""
     module = backends.choose(_call(source, group_size), backend)
     dy = torch.zeros_like(source) if dy is None else dy
     with backends.exact(source.device):
-        gradients = module.backward(dy, dstream, source, weight, gate, eps, group_size)
-    dtypes = (dtype, weight if weight is None else weight.dtype, gate if gate is None else gate.dtype)
+        gradients = module.backward(dy, dstream, source, weight, gate, eps, group_size, branch_dtype)
+    dtypes = (dtype, weight if weight is None else weight.dtype, gate if gate is None else gate.dtype, branch_dtype)
     return [source.new_empty(0) if g is None else g.to(t).contiguous() for g, t in zip(gradients, dtypes, strict=True)]
 
 
@@ -141,9 +143,10 @@ _backward = torch.library.custom_op("mambalm::rms_norm_backward", _run_backward,
 
 
 @_backward.register_fake
-def _(dy, dstream, source, weight, gate, eps, group_size, dtype, backend):  # type: ignore[no-untyped-def]
+def _(dy, dstream, source, weight, gate, eps, group_size, dtype, branch_dtype, backend):  # type: ignore[no-untyped-def]
     rest = [source.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, gate)]
-    return [source.new_empty(source.shape, dtype=dtype), *rest]
+    dbranch = source.new_empty(0 if branch_dtype is None else source.shape, dtype=branch_dtype)
+    return [source.new_empty(source.shape, dtype=dtype), *rest, dbranch]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -162,11 +165,13 @@ def _autograd(ctx, dy, dstream):  # type: ignore[no-untyped-def]
     dstream = dstream if ctx.has_residual else None
     given = (dy, dstream, source, weight, gate)
     function = backends.way(_run_backward, _backward, given)
-    dsource, dweight, dgate = function(*given, ctx.eps, ctx.group_size, dtype, ctx.backend)
+    # In autocast x is of half precision and the stream float32: one pass writes both gradients.
+    branch_dtype = None if dx_dtype == dtype else dx_dtype
+    dsource, dweight, dgate, dx = function(*given, ctx.eps, ctx.group_size, dtype, branch_dtype, ctx.backend)
     dweight = None if weight is None else dweight
     dgate = None if gate is None else dgate
     dresidual = dsource.to(dresidual_dtype) if ctx.has_residual else None
-    return dsource.to(dx_dtype), dweight, dgate, dresidual, None, None, None, None
+    return dsource if branch_dtype is None else dx, dweight, dgate, dresidual, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -42,8 +42,10 @@ def backward(
     gate: Tensor | None,
     eps: float,
     group_size: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of the ``source`` (x, or the residual stream), of weight and of gate.
+    branch_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the ``source`` (x, or the residual stream), of weight and of gate, and the first of them once
+    more in ``branch_dtype``, for what was added to the stream in that dtype.
 
     With n = h / rms and w the weight: dh = (w dy - n mean(w dy n)) / rms, the mean over a group.
     """
@@ -60,7 +62,7 @@ def backward(
         dh = dh * F.silu(gate)
     if dstream is not None:
         dh = dh + dstream
-    return dh, dweight, dgate
+    return dh, dweight, dgate, None if branch_dtype is None else dh.to(branch_dtype)
 
 
 def _gated(source: Tensor, gate: Tensor | None) -> Tensor:

@@ -77,20 +77,23 @@ def backward(
     gate: Tensor | None,
     eps: float,
     group_size: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of the ``source`` (x, or the residual stream), of weight and of gate."""
+    branch_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the ``source`` (x, or the residual stream), of weight and of gate, and the first of them once
+    more in ``branch_dtype``, for what was added to the stream in that dtype."""
     d = source.shape[-1]
     tile = _tile(group_size, _BACKWARD_WARP)
     tiles = ceil_div(source.numel() // d, tile["ROWS"])
     most = processors(source.device) * max(_BACKWARD_WARPS // tile["num_warps"], 1)
     programs = min(tiles, ceil_div(most, d // group_size))
     dsource = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    dbranch = None if branch_dtype is None else torch.empty(source.shape, dtype=branch_dtype, device=source.device)
     dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     shares = None if weight is None else torch.empty(programs, d, dtype=torch.float32, device=source.device)
     given = {"dy": dy, "dstream": dstream, "source": source, "gate": gate}
     inputs = {name: None if t is None else _rows(t) for name, t in given.items()}
     weight = None if weight is None else weight.contiguous()
-    outputs = {"dsource": dsource, "dgate": dgate, "shares": shares, "programs": programs}
+    outputs = {"dsource": dsource, "dbranch": dbranch, "dgate": dgate, "shares": shares, "programs": programs}
     _launch(norm_backward, programs, group_size, inputs, weight=weight, eps=eps, **outputs, **tile)
     # Summed in a fixed order, so that a run can be repeated bit for bit.
-    return dsource, None if shares is None else shares.sum(0), dgate
+    return dsource, None if shares is None else shares.sum(0), dgate, dbranch
