@@ -1,4 +1,4 @@
-"""`python -m tests.ops.compile_memory_bound TARGET`: compiles the convolution's, the norms' and the loss's kernels.
+"""`python -m tests.ops.compile_memory_bound TARGET`: compiles kernels of the convolution, norms, loss and sums.
 
 As compile_selective_scan.py does, for a GPU that is not there.
 """
@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from mambalm.ops.causal_conv1d import _triton_kernels as convolution
 from mambalm.ops.linear_cross_entropy import _triton_kernels as loss
 from mambalm.ops.rms_norm import _triton_kernels as norm
+from mambalm.ops.triton_sums import sum_shares
 
 ACTIVATIONS = {"x", "y", "dy", "dx", "gate", "dgate", "dbranch", "dlogits"}
 FLOATS = {"weight", "bias", "initial", "final", "dfinal", "dinitial", "shares", "residual", "total", "dstream"}
@@ -32,13 +33,14 @@ KERNELS: list[tuple[Any, dict[str, Any], int]] = [
     (norm.norm_backward, {"BLOCK": 4096, "ROWS": 1}, 8),
     (norm.norm_backward, {"gate": None, "dgate": None, "BLOCK": 256, "ROWS": 4}, 2),
     (loss.softmax_losses, {"BLOCK": 4096}, 8),
+    (sum_shares, {"BLOCK": 512, "ROWS": 16}, 4),
     (loss.softmax_losses, {"bias": None, "factors": None, "dlogits": None, "BLOCK": 4096}, 8),
 ]
 
 
 def argument_type(name: str) -> str:
     """Triton's name for the type of a kernel's argument."""
-    return "*bf16" if name in ACTIVATIONS else "*fp32" if name in FLOATS else OTHERS.get(name, "i32")
+    return "*bf16" if name in ACTIVATIONS else "*fp32" if name.rstrip("01234") in FLOATS else OTHERS.get(name, "i32")
 
 
 def main(target: str) -> None:

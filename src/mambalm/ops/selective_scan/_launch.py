@@ -10,6 +10,7 @@ from torch import Tensor
 from mambalm.ops import triton_support
 from mambalm.ops.backends import Call
 from mambalm.ops.selective_scan.arguments import Arguments
+from mambalm.ops.triton_sums import sums
 from mambalm.ops.triton_support import dense_channels, launch, on
 
 # Elements of u from which on fewer states are kept for the backward: memory counts, and there is work for all.
@@ -137,15 +138,12 @@ class Gradients:
     dbias: Tensor | None
     dinitial: Tensor | None
 
-    def result(self) -> tuple[Tensor | None, ...]:
-        """In the order of the interface."""
-        dA, dD, dbias = (_sum_of_shares(t) for t in (self.dA, self.dD, self.dbias))
-        dB, dC = self.dBC[0].sum(0), self.dBC[1].sum(0)
+    def result(self, problem: Problem) -> tuple[Tensor | None, ...]:
+        """In the order of the interface, dB and dC in the dtypes of B and C."""
+        given, float32 = problem.tensors, torch.float32
+        dtypes = [float32 if (t := given[name]) is None else t.dtype for name in "BC"] + [float32] * 3
+        dB, dC, dA, dD, dbias = sums([*self.dBC.unbind(), self.dA, self.dD, self.dbias], dtypes)
         return self.du, self.ddelta, dA, dB, dC, dD, self.dz, dbias, self.dinitial
-
-
-def _sum_of_shares(shares: Tensor | None) -> Tensor | None:
-    return shares if shares is None else shares[0] if shares.shape[0] == 1 else shares.sum(0)
 
 
 def stride_arguments(name: str, t: Tensor | None) -> dict[str, int]:
@@ -191,4 +189,4 @@ def launch_backward(
         arguments |= {"dfinal": None if dfinal is None else dfinal.contiguous(), "dy": dy, "checkpoints": checkpoints}
         arguments |= {"tokens": problem.b * problem.l, "rows": problem.rows, "shares": shares, "BLOCK": BLOCK}
         launch(kernel, problem.blocks(BLOCK) * shares, arguments, options)
-    return gradients.result()
+    return gradients.result(problem)
