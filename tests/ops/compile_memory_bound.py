@@ -31,10 +31,10 @@ KERNELS: list[tuple[Any, dict[str, Any], int]] = [
     (norm.norm_forward, {"gate": None, "BLOCK": 1024, "ROWS": 1}, 1),
     (norm.norm_forward, {"residual": None, "total": None, "BLOCK": 4096, "ROWS": 1}, 4),
     (norm.norm_backward, {"BLOCK": 4096, "ROWS": 1}, 8),
-    (norm.norm_backward, {"gate": None, "dgate": None, "BLOCK": 256, "ROWS": 4}, 2),
-    (loss.softmax_losses, {"BLOCK": 4096}, 8),
+    (norm.norm_backward, {"gate": None, "dgate": None, "BLOCK": 256, "ROWS": 4}, 1),
+    (loss.softmax_losses, {"BLOCK": 8192}, 16),
     (sum_shares, {"BLOCK": 512, "ROWS": 16}, 4),
-    (loss.softmax_losses, {"bias": None, "factors": None, "dlogits": None, "BLOCK": 4096}, 8),
+    (loss.softmax_losses, {"bias": None, "factors": None, "dlogits": None, "BLOCK": 8192}, 16),
 ]
 
 

@@ -1,4 +1,5 @@
-"""The loss of one token from its logits, and the gradients of those, in plain Triton: a row of logits is read twice."""
+"""The loss of one token from its logits, and the gradients of those, in plain Triton: a row of logits is read twice,
+the second time backwards, for what was read last is what a cache still holds."""
 
 import triton
 import triton.language as tl
@@ -7,10 +8,10 @@ from mambalm.ops.triton_support import LOG2E
 
 
 @triton.jit
-def load_logits(logits, bias, column, width):
+def load_logits(logits, bias, column, width, EVICT: tl.constexpr):
     """Some logits of a row, -inf behind its end."""
     there = column < width
-    a = tl.load(logits + column, mask=there, other=float("-inf"))
+    a = tl.load(logits + column, mask=there, other=float("-inf"), eviction_policy=EVICT)
     if bias is not None:
         a += tl.load(bias + column, mask=there, other=0.0)
     return a
@@ -28,7 +29,7 @@ def softmax_losses(logits, bias, labels, factors, losses, dlogits, width, z_loss
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
-        a = load_logits(logits, bias, start + column, width)
+        a = load_logits(logits, bias, start + column, width, "evict_last")
         larger = tl.maximum(largest, a)
         origin = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp2((largest - origin) * LOG2E) + tl.exp2((a - origin) * LOG2E)
@@ -44,8 +45,11 @@ def softmax_losses(logits, bias, labels, factors, losses, dlogits, width, z_loss
         dlogits += row * width
         factor = tl.load(factors + row)
         slope = factor * (1.0 + 2.0 * z_loss * log_normaliser)
-        for start in range(0, width, BLOCK):
-            a = load_logits(logits, bias, start + column, width)
+        last = (width - 1) // BLOCK * BLOCK
+        for back in range(0, width, BLOCK):
+            at = last - back + column
+            a = load_logits(logits, bias, at, width, "evict_first")
             out = slope * tl.exp2((a - log_normaliser) * LOG2E)
-            out -= tl.where(start + column == label, factor, 0.0)
-            tl.store(dlogits + start + column, out.to(dlogits.dtype.element_ty), mask=start + column < width)
+            out -= tl.where(at == label, factor, 0.0)
+            out = out.to(dlogits.dtype.element_ty)
+            tl.store(dlogits + at, out, mask=at < width, eviction_policy="evict_first")

@@ -11,7 +11,7 @@ from mambalm.ops.linear_cross_entropy._triton_kernels import softmax_losses
 from mambalm.ops.triton_support import launch, on, unsupported
 
 # Logits that a program holds at once, and its warps.
-_BLOCK, _WARPS = 4096, 8
+_BLOCK, _WARPS = 8192, 16
 # Rows begin at multiples of so many logits, for wide loads; what is between them is -inf.
 _ALIGNMENT = 16
 

@@ -12,11 +12,12 @@ from mambalm.ops.triton_support import ceil_div, dense_channels, launch, on, pow
 # A group is held in the registers of one program.
 _MOST_CHANNELS = 65536
 
-# Elements of a program's tile, where a group is no larger, and of a warp.
+# Elements of a program's tile, where a group is no larger, and of a warp. The fewer warps wait for each other at the
+# sums of a row the better, and a gate leaves registers for half as many elements.
 _TILE = 1024
-_FORWARD_WARP, _BACKWARD_WARP = 1024, 512
+_WARP, _GATED_BACKWARD_WARP = 1024, 512
 # Warps of the backward per multiprocessor; each program keeps a share of the weight's gradient.
-_BACKWARD_WARPS = 64
+_BACKWARD_WARPS, _GATED_BACKWARD_WARPS = 32, 64
 
 
 def supports(call: Call) -> str | None:
@@ -62,7 +63,7 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stream = torch.empty((0,) if residual is None else x.shape, dtype=stream_dtype, device=x.device)
     inputs = {name: None if t is None else _rows(t) for name, t in (("x", x), ("gate", gate), ("residual", residual))}
-    tile = _tile(group_size, _FORWARD_WARP)
+    tile = _tile(group_size, _WARP)
     programs = ceil_div(x.numel() // x.shape[-1], tile["ROWS"])
     weight = None if weight is None else weight.contiguous()
     _launch(norm_forward, programs, group_size, inputs, weight=weight, y=y, total=stream, eps=eps, **tile)
@@ -82,9 +83,10 @@ def backward(
     """The gradients of the ``source`` (x, or the residual stream), of weight and of gate, and the first of them once
     more in ``branch_dtype``, for what was added to the stream in that dtype."""
     d = source.shape[-1]
-    tile = _tile(group_size, _BACKWARD_WARP)
+    tile = _tile(group_size, _WARP if gate is None else _GATED_BACKWARD_WARP)
+    warps = _BACKWARD_WARPS if gate is None else _GATED_BACKWARD_WARPS
     tiles = ceil_div(source.numel() // d, tile["ROWS"])
-    most = processors(source.device) * max(_BACKWARD_WARPS // tile["num_warps"], 1)
+    most = processors(source.device) * max(warps // tile["num_warps"], 1)
     programs = min(tiles, ceil_div(most, d // group_size))
     dsource = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     dbranch = None if branch_dtype is None else torch.empty(source.shape, dtype=branch_dtype, device=source.device)
