@@ -1,6 +1,7 @@
 """The second stage of gradients on a GPU: what programs left as shares is added up in a fixed order, by one launch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,7 @@ _MOST = 5
 
 
 @triton.jit
-def sum_rows(block, shares, total, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_rows(block, shares, total, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """A block of ``total`` (size), the sum over the rows of ``shares`` (rows, size)."""
     column = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     sums = tl.zeros((BLOCK,), tl.float32)
@@ -28,7 +29,7 @@ def sum_rows(block, shares, total, rows, size, ROWS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def sum_shares(
+def sum_shares(  # type: ignore[no-untyped-def]
     shares0, shares1, shares2, shares3, shares4,
     total0, total1, total2, total3, total4,
     rows0, rows1, rows2, rows3, rows4,
@@ -69,7 +70,7 @@ def sums(shares: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list
     ends = [0]
     for size in sizes:
         ends.append(ends[-1] + ceil_div(size, _BLOCK))
-    arguments = {f"shares{i}": t for i, t in enumerate(there + there[:1] * padding)}
+    arguments: dict[str, Any] = {f"shares{i}": t for i, t in enumerate(there + there[:1] * padding)}
     arguments |= {f"total{i}": t for i, t in enumerate(found + found[:1] * padding)}
     arguments |= {f"rows{i}": n for i, n in enumerate([t.shape[0] for t in there] + [0] * padding)}
     arguments |= {f"size{i}": n for i, n in enumerate(sizes)} | {f"end{i}": n for i, n in enumerate(ends[1:])}
