@@ -66,6 +66,24 @@ def test_any_model_of_transformers(tmp_path: Path, kind: type) -> None:
         assert [model["class"] for model in measured(output)["models"]] == [f"transformers.{kind.__name__}"]
 
 
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (("--memory-gib", "0.01"), "chunked: 0.01 GiB are too little for 16 tokens"),
+        (("--memory-gib", "1", "--seconds", "0"), "chunked: 0 seconds are too little for 16 tokens"),
+    ],
+)
+def test_where_nothing_fits_that_is_said(
+    limit: tuple[str, ...], message: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "found.json"
+    options = ("--shortest", "16", "--longest", "32", "--no-beside", "--device", "cpu", "-o", output)
+    result = call("memory", tiny_checkpoint, *limit, *options)
+    assert result.exit_code == 0, result.output
+    assert message in result.stderr
+    assert [mode["longest"] for mode in measured(output)["models"][0]["modes"]] == [0, 0, 0]
+
+
 def test_nothing_to_measure_is_told() -> None:
     for arguments, message in {
         ("generate",): "name a MODEL, or a shape with --random",

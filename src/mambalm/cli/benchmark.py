@@ -121,7 +121,12 @@ def memory(
     )
 
     def measure(subject: Subject) -> dict[str, Any]:
-        return {"modes": [measure_memory(subject, name, limits) for name in mode or MODES]}
+        modes = [measure_memory(subject, name, limits) for name in mode or MODES]
+        for one in modes:
+            if one.get("longest") == 0:
+                limit = f"{memory_gib:g} GiB are" if one["stopped_by"] == "memory" else f"{seconds:g} seconds are"
+                typer.echo(f"{subject.name}, {one['mode']}: {limit} too little for {shortest:,} tokens", err=True)
+        return {"modes": modes}
 
     told: dict[str, Any] = {
         "memory_gib": memory_gib,

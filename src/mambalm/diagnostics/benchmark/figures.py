@@ -47,19 +47,23 @@ def _memory(left: Axes, right: Axes, report: Result) -> None:
         left.annotate(f" {sign}{_short(mode['longest'])}", (max(mode["longest"], 1), at), va="center", fontsize=7)
     left.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=6)
     _powers_of_two(left)
-    left.set_xlim(left=report["settings"]["shortest"] / 2, right=8 * report["settings"]["longest"])
+    shortest, longest = report["settings"]["shortest"], report["settings"]["longest"]
+    left.set_xlim(left=shortest / 2, right=8 * longest)
     left.invert_yaxis()
     left.set(xlabel=f"longest prompt in {cap:g} GiB (≥: not stopped by memory)")
     styles = dict(zip(("parallel", "chunked", "token by token"), ("-", "--", ":"), strict=True))
-    for label, mode, color in bars:
+    read = [bar for bar in bars if bar[1]["lengths"]]
+    for label, mode, color in read:
         lengths = [row["length"] for row in mode["lengths"]]
         peaks = [row["peak_bytes"] / GIB for row in mode["lengths"]]
         style = styles[mode["mode"]]
         right.plot(lengths, peaks, style, color=color, marker=".", label=label.replace("\n", ", "))
     right.axhline(cap, color="0.5", linewidth=0.8)
+    right.set_xlim(left=shortest / 1.5, right=1.5 * longest)  # matplotlib finds no limits where nothing was read
     _powers_of_two(right)
     right.set(xlabel="tokens of the prompt", ylabel="peak memory, GiB", ylim=(0, 1.1 * cap))
-    right.legend(fontsize=6)
+    if read:
+        right.legend(fontsize=6)
 
 
 def _throughput(left: Axes, right: Axes, report: Result) -> None:
