@@ -6,7 +6,6 @@ not wait. A sub-command is the function of its file's name in `mambalm/cli/`.
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -54,12 +53,6 @@ def options(
     ctx.obj = debug
 
 
-def _quieten() -> None:
-    """Silence what optional libraries log when transformers imports them, of extensions that nobody asked for."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def _message(error: Exception) -> str:
     """What went wrong, and for a package of an extra that is not installed how to get it."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
@@ -75,8 +68,8 @@ def _forward(name: str) -> Callable[[typer.Context], None]:
     """A command that imports the real one and hands its arguments on."""
 
     def run(ctx: typer.Context) -> None:
-        _quieten()
         try:
+            import_module("mambalm.models.quiet").quieten()
             real = getattr(import_module(f"mambalm.cli.{name}"), name)
             if not isinstance(real, typer.Typer):
                 command, real = real, typer.Typer(add_completion=False)

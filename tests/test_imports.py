@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SOURCE = Path(__file__).parents[1] / "src"
 # What only an extra brings; hidden, `import` and `find_spec` find none of them.
 HIDDEN = (
@@ -51,6 +53,17 @@ for op in OPS:
 """
 
 
+QUIET = """
+import logging
+from mambalm.models.quiet import NOISY
+before = [logging.getLogger(name).level for name in NOISY]
+from mambalm.models import load
+import sys
+assert "torchao" in sys.modules
+assert [logging.getLogger(name).level for name in NOISY] == before
+"""
+
+
 def run(script: str, cwd: Path) -> str:
     """Run a script in a process of its own, at home in `cwd`, and return what it printed."""
     environment = {
@@ -62,7 +75,7 @@ def run(script: str, cwd: Path) -> str:
     }
     done = subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def test_every_module_imports_with_the_minimal_dependencies(tmp_path: Path) -> None:
@@ -73,6 +86,11 @@ def test_every_module_imports_with_the_minimal_dependencies(tmp_path: Path) -> N
 def test_importing_mambalm_registers_its_ops_and_nothing_else(tmp_path: Path) -> None:
     run(IMPORT_ALONE, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_loading_is_quiet_about_torchaos_extensions(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    assert run(QUIET, tmp_path) == ""
 
 
 def test_help_needs_no_torch(tmp_path: Path) -> None:

@@ -39,13 +39,13 @@ def load(
     Raises:
         ValueError: the format, a tensor or the vocabulary does not fit; the message names it and the remedy.
     """
-    from mambalm.models.loading import load as load_model
+    from mambalm.models import load as load_model
 
     return load_model(path_or_hub_id, dtype=dtype, device=device, quantization=quantization)
 
 
 def register() -> None:
     """Make transformers' `AutoModelForCausalLM` return mambalm's classes for the families that it knows."""
-    from mambalm.models.registration import register as register_models
+    from mambalm.models import register as register_models
 
     register_models()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from mambalm.models.quiet import quietly
+
 _MODULES = {
     "FalconMambaForCausalLM": "falcon_mamba",
     "FalconMambaModel": "falcon_mamba",
@@ -20,6 +22,7 @@ _MODULES = {
     "MambaHybridForCausalLM": "hybrid",
     "MambaHybridModel": "hybrid",
     "attach_adapter": "adapters",
+    "load": "loading",
     "load_adapter": "adapters",
     "register": "registration",
 }
@@ -30,4 +33,5 @@ __all__ = list(_MODULES)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    with quietly():
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,28 @@
+"""What optional libraries log of themselves when transformers imports them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# torchao warns of extensions that nobody asked for, and makes torch's pytree warn of it.
+NOISY = ("torchao", "torch.utils._pytree")
+
+
+def quieten() -> None:
+    """Let them log errors only, from now on."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Let them log errors only, within."""
+    levels = {name: logging.getLogger(name).level for name in NOISY}
+    quieten()
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
