@@ -58,6 +58,16 @@ def test_autocast_keeps_the_weight_gradient_unrounded(device: str) -> None:
     assert relative_error(found[2], truth[2]) < 2**-8
 
 
+def test_output_of_one_part_can_be_changed_in_place() -> None:
+    x, weight, bias = arguments("cpu", torch.float64)
+    (y,) = linear_parts(x, weight, bias, weight.shape[:1])
+    found = torch.autograd.grad(y.mul_(3).sum(), [x, weight, bias])
+    for g, truth in zip(
+        found, torch.autograd.grad(3 * F.linear(x, weight, bias).sum(), [x, weight, bias]), strict=True
+    ):
+        torch.testing.assert_close(g, truth)
+
+
 def test_frozen_weight_has_no_gradient() -> None:
     x, weight, bias = arguments("cpu", torch.float32)
     weight.requires_grad_(False)

@@ -41,7 +41,9 @@ class _Parts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         with exact(x.device):
             rounded = weight.to(dtype)
-            y = F.linear(x, rounded, None if bias is None else bias.to(dtype))
+            rows = F.linear(x.reshape(-1, x.shape[-1]), rounded, None if bias is None else bias.to(dtype))
+        # No view: the output of a Function that is one cannot be changed in place.
+        y = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
         ctx.save_for_backward(x, rounded)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.sizes = sizes
