@@ -95,3 +95,12 @@ def test_two_callers_of_one_team(threads: int) -> None:
     for caller in callers:
         caller.join()
     assert all((counters[1] == 50).all() for _, counters in both)
+
+
+def test_a_thread_takes_its_range_in_order_and_the_ends_of_others() -> None:
+    words = np.zeros(numba_team._RANGES + 2 * numba_team._LINE, np.int64)
+    for thread, (begin, end) in enumerate([(0, 3), (3, 6)]):
+        words[numba_team._RANGES + numba_team._LINE * thread] = begin + numba_team._HALF * end
+    callers = [0, 1, 0, 1, 1, 1, 0, 1, 0]
+    taken = [numba_team._take(words.ctypes.data, me, 2) for me in callers]
+    assert taken == [0, 3, 1, 4, 5, 2, -1, -1, -1]

@@ -1,9 +1,11 @@
 """A team of threads for lists of jobs that each take microseconds: a decode step is about 150 of them.
 
-A job is the address of a compiled function and of its arguments, split into chunks that any thread may take. Threads
-hand work over through one counter in memory, so a hand-over costs nanoseconds where a pool's costs tens of
-microseconds. The whole list is one parallel region of torch's own threads, the first of which to come leads. It takes
-chunks as well and waits only for those that others have begun: a thread that is late costs what it did not do.
+A job is the address of a compiled function and of its arguments, split into chunks that any thread may take. Each
+thread has a range of them, which it takes in order, so that it reads memory from one end to the other; one that is done
+takes the last of another's. Threads hand work over through those ranges in memory, so a hand-over costs nanoseconds
+where a pool's costs tens of microseconds. The whole list is one parallel region of torch's own threads, the first of
+which to come leads. It takes chunks as well and waits only for those that others have begun: a thread that is late
+costs what it did not do.
 """
 
 import platform
@@ -22,11 +24,13 @@ from numba.extending import intrinsic
 from mambalm.ops.numba_support import FAST, compiled_region, in_region
 
 _I64 = ir.IntType(64)
-# Words of the shared memory, those that change by the job a cache line apart: chunks that nobody took yet, chunks done,
-# the job; threads that have come, whether the list is done, the list.
-_LEFT, _DONE, _FUNCTION, _ARGUMENTS = 0, 8, 16, 17
-_ARRIVED, _FINISHED, _TABLE, _JOBS = 24, 32, 33, 34
-_WORDS = 40
+# Words of the shared memory, those that change by the job a cache line apart: chunks done, the job; threads that have
+# come, whether the list is done, the list, how many threads there are; the ranges of the threads, each a word.
+_DONE, _FUNCTION, _ARGUMENTS = 0, 8, 9
+_ARRIVED, _FINISHED, _TABLE, _JOBS, _THREADS = 16, 24, 25, 26, 27
+_RANGES, _LINE = 32, 8
+# A range: the next chunk in the lower half, the end in the upper.
+_HALF = 1 << 32
 _PAUSE = {
     "x86_64": ("llvm.x86.sse2.pause", ()),
     "AMD64": ("llvm.x86.sse2.pause", ()),
@@ -187,22 +191,32 @@ def _pause(context):  # type: ignore[no-untyped-def]
     return types.void(), generate
 
 
+@njit(nogil=True, inline="always")
+def _range_of(thread):  # type: ignore[no-untyped-def]
+    return _RANGES + _LINE * thread
+
+
 @njit(nogil=True)
-def _take(shared):  # type: ignore[no-untyped-def]
-    """A chunk of the current job, or -1. What is taken cannot be of a finished job: finishing takes all chunks."""
-    left = _read(shared, _LEFT)
-    while left > 0:
-        if _swap(shared, _LEFT, left, left - 1):
-            return left - 1
-        left = _read(shared, _LEFT)
+def _take(shared, me, threads):  # type: ignore[no-untyped-def]
+    """A chunk of the current job, or -1: the first of my range, else the last of another's.
+
+    What is taken cannot be of a finished job: finishing takes all chunks.
+    """
+    for i in range(threads):
+        place = _range_of((me + i) % threads)
+        left = _read(shared, place)
+        while left % _HALF < left // _HALF:
+            if _swap(shared, place, left, left + 1 if i == 0 else left - _HALF):
+                return left % _HALF if i == 0 else left // _HALF - 1
+            left = _read(shared, place)
     return -1
 
 
 @njit(nogil=True)
-def _serve(shared):  # type: ignore[no-untyped-def]
+def _serve(shared, me, threads):  # type: ignore[no-untyped-def]
     """Work on whatever jobs come, until the list is done."""
     while not _read(shared, _FINISHED):
-        chunk = _take(shared)
+        chunk = _take(shared, me, threads)
         if chunk >= 0:
             _call(_read(shared, _FUNCTION), chunk, _read(shared, _ARGUMENTS))
             _add(shared, _DONE, 1)
@@ -211,7 +225,7 @@ def _serve(shared):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _run(jobs, shared):  # type: ignore[no-untyped-def]
+def _run(jobs, shared, threads):  # type: ignore[no-untyped-def]
     """All jobs (count, 3) one after the other: address of the function, of its arguments, chunks."""
     for i in range(jobs.shape[0]):
         function, arguments, chunks = jobs[i, 0], jobs[i, 1], jobs[i, 2]
@@ -221,13 +235,15 @@ def _run(jobs, shared):  # type: ignore[no-untyped-def]
         _write(shared, _FUNCTION, function)
         _write(shared, _ARGUMENTS, arguments)
         _write(shared, _DONE, 0)
-        _write(shared, _LEFT, chunks)
+        for thread in range(threads):
+            begin, end = chunks * thread // threads, chunks * (thread + 1) // threads
+            _write(shared, _range_of(thread), begin + _HALF * end)
         mine = 0
-        chunk = _take(shared)
+        chunk = _take(shared, 0, threads)
         while chunk >= 0:
             _call(function, chunk, arguments)
             mine += 1
-            chunk = _take(shared)
+            chunk = _take(shared, 0, threads)
         while _read(shared, _DONE) + mine < chunks:
             _pause()
 
@@ -235,12 +251,13 @@ def _run(jobs, shared):  # type: ignore[no-untyped-def]
 @cfunc(types.void(types.int64), nopython=True, cache=True)
 def _work(shared):  # type: ignore[no-untyped-def]
     """What each thread does: the first to come leads, the others serve."""
-    if _add(shared, _ARRIVED, 1) == 0:
+    me, threads = _add(shared, _ARRIVED, 1), _read(shared, _THREADS)
+    if me == 0:
         count = _read(shared, _JOBS)
-        _run(carray(_pointer(_read(shared, _TABLE)), (count, 3), np.int64), shared)
+        _run(carray(_pointer(_read(shared, _TABLE)), (count, 3), np.int64), shared, threads)
         _write(shared, _FINISHED, 1)
     else:
-        _serve(shared)
+        _serve(shared, me, threads)
 
 
 _WORK = compiled_region(_work.address)
@@ -265,14 +282,22 @@ class Team:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        shared = np.zeros(_WORDS + 8, np.int64)
-        # The words must not share a cache line with each other: start on one.
-        first = -shared.ctypes.data % 64 // 8
-        self._shared = shared[first : first + _WORDS]
+        self._threads = 0
 
     def run(self, table: np.ndarray) -> None:
         """Run the jobs (count, 3) of a list: address of the function, of its arguments, chunks."""
+        threads = torch.get_num_threads()
+        if threads != self._threads:
+            self._share(threads)
         words = self._shared
         words[_TABLE], words[_JOBS] = table.ctypes.data, len(table)
         words[_FINISHED] = words[_ARRIVED] = 0
-        in_region(torch.get_num_threads(), _WORK, words.ctypes.data)
+        in_region(threads, _WORK, words.ctypes.data)
+
+    def _share(self, threads: int) -> None:
+        words = _RANGES + _LINE * threads
+        shared = np.zeros(words + _LINE, np.int64)
+        # The words must not share a cache line with each other: start on one.
+        first = -shared.ctypes.data % 64 // 8
+        self._threads, self._shared = threads, shared[first : first + words]
+        self._shared[_THREADS] = threads
