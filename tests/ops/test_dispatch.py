@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.__main__ import gradients
 from benchmarks.cases import CPU_CASES, Case
-from mambalm.ops import backends, selective_scan
+from mambalm.ops import backends, linear_cross_entropy, selective_scan
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.op)
@@ -24,8 +24,8 @@ def test_the_registered_op_gives_the_same(case: Case, monkeypatch: pytest.Monkey
 
 def test_each_way_is_taken() -> None:
     def way(*tensors: Tensor | None) -> str:
-        found = backends.way(lambda: "run", lambda: "op", tensors, lambda: "with gradient")
-        return found()
+        gradients = backends.Differentiable(lambda: "with gradient", lambda: "transformed")
+        return backends.way(lambda: "run", lambda: "op", tensors, gradients)()
 
     plain, wanted = torch.ones(2), torch.ones(2, requires_grad=True)
     assert way(plain, None) == way(torch.nn.Parameter(plain, requires_grad=False)) == "run"
@@ -37,7 +37,7 @@ def test_each_way_is_taken() -> None:
     ways: list[str] = []
     torch.func.vmap(lambda t: (ways.append(way(t)), t)[1])(plain)
     torch.compile(lambda t: (ways.append(way(t)), t)[1], backend="eager")(plain)
-    assert ways == ["op", "op"]
+    assert ways == ["transformed", "op"]
 
 
 def scan(u: Tensor) -> Tensor:
@@ -50,14 +50,45 @@ def scan(u: Tensor) -> Tensor:
 def test_a_second_derivative_is_refused() -> None:
     u = torch.randn(1, 5, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(scan(u).square().sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="selective_scan has no second derivative"):
         gradient.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*batching rule")
 def test_vmap() -> None:
     u = torch.randn(3, 1, 5, 4)
     assert torch.equal(torch.func.vmap(scan)(u), torch.stack([scan(row) for row in u]))
+    gradient = torch.func.grad(lambda row: scan(row).square().sum())
+    assert torch.equal(torch.func.vmap(gradient)(u), torch.stack([gradient(row) for row in u]))
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.op)
+@pytest.mark.parametrize("backend", ["portable", None])
+def test_gradients_by_torch_func(case: Case, backend: str | None) -> None:
+    case = case.shrunk()
+    arguments = case.arguments(torch.device("cpu"), torch.float32)
+    given = {name: value for name, value in arguments.items() if value.is_floating_point()}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        result = case.call(arguments | given, backend)
+        return sum((y.square().sum() for y in ([result] if isinstance(result, Tensor) else result)), torch.zeros(()))
+
+    found = torch.func.grad(loss)(given)
+    leaves = {name: value.detach().requires_grad_() for name, value in given.items()}
+    loss(leaves).backward()
+    assert all(torch.equal(found[name], leaf.grad) for name, leaf in leaves.items())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_of_each_examples_loss(reduction: str) -> None:
+    x, weight, labels = torch.randn(3, 4, 8), torch.randn(10, 8), torch.randint(10, (3, 4))
+
+    def loss(weight: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, labels, reduction=reduction).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, x, labels)
+    leaf = weight.clone().requires_grad_()
+    for gradient, row, label in zip(found, x, labels, strict=True):
+        torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf, row, label), leaf)[0])
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.op)

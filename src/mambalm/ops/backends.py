@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,8 +158,20 @@ def explain(
 Function = Callable[..., Any]
 
 
-def differentiable(run: Function, setup_context: Function, backward: Function) -> Function:
-    """``run`` with its gradient, without ``torch.library``, which takes the same three functions."""
+class Differentiable(NamedTuple):
+    """A computation with its gradient.
+
+    Attributes:
+        apply: for tensors as they are.
+        transformed: under ``torch.func``, whose grad takes no op of ``torch.library``; slower to call.
+    """
+
+    apply: Function
+    transformed: Function
+
+
+def differentiable(run: Function, op: Function, setup_context: Function, backward: Function) -> Differentiable:
+    """``run`` with its gradient, without ``torch.library``, which takes the same functions and registered ``op``."""
 
     # To call a ``setup_context`` torch looks up the signature of the forward, 30 microseconds each time.
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -169,16 +181,51 @@ def differentiable(run: Function, setup_context: Function, backward: Function) -
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type("Differentiable", (torch.autograd.Function,), methods)
-    return function.apply
+    return Differentiable(function.apply, transformable(run, op, setup_context, backward))
+
+
+def differentiable_once(name: str, run: Function, op: Function) -> Differentiable:
+    """``run`` that computes gradients, which themselves have none: asked for, an error says so."""
+
+    def refuse(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError(
+            f"{name} has no second derivative: take plain torch where one is needed (backend='reference' of most ops)"
+        )
+
+    function = transformable(run, op, lambda ctx, inputs, output: None, refuse)
+    return Differentiable(function, function)
+
+
+def transformable(run: Function, op: Function, setup_context: Function, backward: Function) -> Function:
+    """A function that ``torch.func`` can transform; a batch of vmap's is computed call by call."""
+
+    def forward(*arguments: Any) -> Any:
+        output = way(run, op, [value for value in arguments if isinstance(value, Tensor)])(*arguments)
+        return output if isinstance(output, Tensor) else tuple(output)
+
+    def vmap(info: Any, dims: tuple[Any, ...], *arguments: Any) -> Any:
+        def part(at: int) -> list[Any]:
+            pairs = zip(arguments, dims, strict=True)
+            return [value.select(dim, at) if isinstance(dim, int) else value for value, dim in pairs]
+
+        outputs = [made.apply(*part(at)) for at in range(info.batch_size)]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
+        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
+    attributes = {name: staticmethod(method) for name, method in methods.items()}
+    made: Any = type("Transformable", (torch.autograd.Function,), attributes)
+    return made.apply
 
 
 def way(
-    run: Function, op: Function, tensors: Iterable[Tensor | None], with_gradient: Function | None = None
+    run: Function, op: Function, tensors: Iterable[Tensor | None], with_gradient: Differentiable | None = None
 ) -> Function:
     """How to call ``run``: as it is, ``with_gradient`` if one will be asked for, or by its registered ``op``.
 
-    The last is what torch can trace, compile and transform; it costs the host some 60 microseconds, half of what a call
-    takes on a GPU and much of a decode step on a CPU.
+    The last is what torch can trace and compile; it costs the host some 60 microseconds, half of what a call takes on a
+    GPU and much of a decode step on a CPU.
 
     Raises:
         NotImplementedError: under forward-mode differentiation, in which a kernel would drop the tangents.
@@ -186,9 +233,12 @@ def way(
     tensors = tuple(tensors)
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
-    if not is_plain(*tensors):
-        return op
-    return run if not needs_grad(*tensors) else with_gradient or op
+    if with_gradient is None:
+        return run if is_plain(*tensors) and not needs_grad(*tensors) else op
+    if is_plain(*tensors):
+        return with_gradient.apply if needs_grad(*tensors) else run
+    transforms = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    return with_gradient.transformed if transforms else op
 
 
 def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:

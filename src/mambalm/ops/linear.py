@@ -121,4 +121,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, rows.sum(0) if wants_bias else None
 
 
-_differentiable = differentiable(_run, _setup_context, _backward)
+_differentiable = differentiable(_run, F.linear, _setup_context, _backward).apply

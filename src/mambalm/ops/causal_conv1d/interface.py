@@ -142,6 +142,9 @@ def _(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, backen
     return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state)]
 
 
+_once = backends.differentiable_once(_OP, _run_backward, _backward)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.silu, initial_state, cu_seqlens, ctx.backend = inputs
     ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
@@ -151,7 +154,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _autograd(ctx, dy, dfinal_state):  # type: ignore[no-untyped-def]
     x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
     given, rest = (dy, dfinal_state, x, weight, bias), (initial_state, cu_seqlens)
-    function = backends.way(_run_backward, _backward, (*given, *rest))
+    function = backends.way(_run_backward, _backward, (*given, *rest), _once)
     dx, dweight, dbias, dinitial = function(*given, ctx.silu, *rest, ctx.backend)
     dbias = None if bias is None else dbias
     dinitial = None if initial_state is None else dinitial
@@ -159,4 +162,4 @@ def _autograd(ctx, dy, dfinal_state):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_differentiable = backends.differentiable(_run, _setup_context, _autograd)
+_differentiable = backends.differentiable(_run, _forward, _setup_context, _autograd)

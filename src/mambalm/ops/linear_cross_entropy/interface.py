@@ -74,7 +74,7 @@ def linear_cross_entropy(
     )
     summed = reduction != "none"
     wanted = [summed and backends.needs_grad(t) for t in (x, weight, bias)]
-    function = backends.way(_evaluate, _operator, (x, weight, bias, labels))
+    function = backends.way(_evaluate, _operator, (x, weight, bias, labels), _differentiable)
     result = function(*arguments, None, summed, wanted)[0]
     if reduction == "mean":
         return result / (labels != ignore_index).sum().clamp(min=1)
@@ -197,6 +197,9 @@ def _(x, weight, labels, bias, ignore_index, z_loss, chunk_size, factors, coeffi
     )
 
 
+_once = backends.differentiable_once(_OP, _evaluate, _operator)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, labels, bias, *ctx.options, _, ctx.summed, ctx.wanted = inputs
     ctx.dtypes = (x.dtype, weight.dtype, bias if bias is None else bias.dtype)
@@ -213,7 +216,8 @@ def _autograd(ctx, dlosses, *second_order):  # type: ignore[no-untyped-def]
         wanted, gradients = ctx.wanted, [g * dlosses for g in ctx.saved_tensors]
     else:
         wanted = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
-        _, *gradients = _operator(*ctx.saved_tensors, *ctx.options, dlosses, False, wanted)
+        function = backends.way(_evaluate, _operator, (*ctx.saved_tensors, dlosses), _once)
+        _, *gradients = function(*ctx.saved_tensors, *ctx.options, dlosses, False, wanted)
     dx, dweight, dbias = (
         g.to(dtype) if there else None for g, dtype, there in zip(gradients, ctx.dtypes, wanted, strict=True)
     )
@@ -221,3 +225,5 @@ def _autograd(ctx, dlosses, *second_order):  # type: ignore[no-untyped-def]
 
 
 _operator.register_autograd(_autograd, setup_context=_setup_context)
+_transformed = backends.transformable(_evaluate, _operator, _setup_context, _autograd)
+_differentiable = backends.Differentiable(_operator, _transformed)

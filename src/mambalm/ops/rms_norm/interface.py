@@ -149,6 +149,9 @@ def _(dy, dstream, source, weight, gate, eps, group_size, dtype, branch_dtype, b
     return [source.new_empty(source.shape, dtype=dtype), *rest, dbranch]
 
 
+_once = backends.differentiable_once(_OP, _run_backward, _backward)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, gate, residual, ctx.eps, ctx.group_size, _, ctx.backend = inputs
     ctx.dtypes = (x.dtype, x.dtype if residual is None else residual.dtype)
@@ -164,7 +167,7 @@ def _autograd(ctx, dy, dstream):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(dx_dtype, dresidual_dtype)
     dstream = dstream if ctx.has_residual else None
     given = (dy, dstream, source, weight, gate)
-    function = backends.way(_run_backward, _backward, given)
+    function = backends.way(_run_backward, _backward, given, _once)
     # In autocast x is of half precision and the stream float32: one pass writes both gradients.
     branch_dtype = None if dx_dtype == dtype else dx_dtype
     dsource, dweight, dgate, dx = function(*given, ctx.eps, ctx.group_size, dtype, branch_dtype, ctx.backend)
@@ -175,4 +178,4 @@ def _autograd(ctx, dy, dstream):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_differentiable = backends.differentiable(_run, _setup_context, _autograd)
+_differentiable = backends.differentiable(_run, _forward, _setup_context, _autograd)

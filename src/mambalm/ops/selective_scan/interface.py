@@ -202,6 +202,9 @@ def _(  # type: ignore[no-untyped-def]
     return [u.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted]
 
 
+_once = backends.differentiable_once(_OP, _run_backward, _backward)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.delta_softplus, initial_state, cu_seqlens, ctx.backend, _ = inputs
     ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
@@ -211,7 +214,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
     *tensors, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
     given, rest = (dy, dfinal_state, *tensors), (initial_state, cu_seqlens, checkpoints)
-    function = backends.way(_run_backward, _backward, (*given, *rest))
+    function = backends.way(_run_backward, _backward, (*given, *rest), _once)
     gradients = function(*given, ctx.delta_softplus, *rest, ctx.backend)
     present = (*(t is not None for t in tensors), initial_state is not None)
     *gradients, dinitial = [g if there else None for g, there in zip(gradients, present, strict=True)]
@@ -219,4 +222,4 @@ def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_differentiable = backends.differentiable(_run, _setup_context, _autograd)
+_differentiable = backends.differentiable(_run, _forward, _setup_context, _autograd)

@@ -228,6 +228,9 @@ def _(  # type: ignore[no-untyped-def]
     return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted]
 
 
+_once = backends.differentiable_once(_OP, _run_backward, _backward)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, softplus, low, high, initial_state, cu_seqlens, chunk_size, backend, final, _ = inputs
     ctx.steps, ctx.chunk_size, ctx.backend, ctx.final = (softplus, low, high), chunk_size, backend, final
@@ -239,7 +242,7 @@ def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
     *tensors, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
     given = (dy, dfinal_state if ctx.final else None, *tensors)
     rest = (*ctx.steps, initial_state, cu_seqlens, ctx.chunk_size, checkpoints, ctx.backend)
-    function = backends.way(_run_backward, _backward, (*given, initial_state, cu_seqlens, checkpoints))
+    function = backends.way(_run_backward, _backward, (*given, initial_state, cu_seqlens, checkpoints), _once)
     gradients = function(*given, *rest)
     present = (*(t is not None for t in tensors), initial_state is not None)
     *gradients, dinitial = [g if there else None for g, there in zip(gradients, present, strict=True)]
@@ -247,4 +250,4 @@ def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_differentiable = backends.differentiable(_run, _setup_context, _autograd)
+_differentiable = backends.differentiable(_run, _forward, _setup_context, _autograd)
