@@ -37,6 +37,8 @@ from mambalm.training.recipe import parse_count
 RECIPES = ("mamba-28m-python", "transformerpp-28m-python", "mamba-6m-python")
 EXPORTED = ("mamba-28m-python", "mamba-6m-python")
 VOCABULARY = 8000
+TEXTS = (("corpus", "tokens"), ("unseen", "unseen"))
+TOKENIZE = ("--tokenizer", "tokenizer", "--shard-megabytes", "8")
 LARGEST = 200_000  # bytes of a file; above are tables
 TOKENIZER_BYTES = 12_000_000
 UNSEEN_BYTES = 3_000_000  # of the packages that are left out of the corpus, at most, and of a corpus that is small
@@ -163,9 +165,7 @@ def main() -> None:
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder, options.corpus)
-    for text, tokens in (("corpus", "tokens"), ("unseen", "unseen")):
-        made = ("tokenize", f"{text}.jsonl", "-o", tokens, "--tokenizer", "tokenizer", "--shard-megabytes", "8")
-        finish([start(folder, *made)])
+    finish([start(folder, "tokenize", f"{text}.jsonl", "-o", tokens, *TOKENIZE) for text, tokens in TEXTS])
     changed = [*changes(parse_count(options.tokens), options.held_out), *options.changes]
     started = []
     try:

@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.distributed import Ranks
@@ -65,6 +67,24 @@ def test_what_is_kept(tmp_path: Path) -> None:
     kept.wait()
     assert kept.steps() == [4, 6, 7]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-4", "step-6", "step-7"]
+
+
+def test_many_checkpoints_where_torch_closes_what_copies_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = dcp.async_save
+
+    def as_torch_2_11(*arguments: Any, **named: Any) -> Any:
+        written = begin(*arguments, **named)
+        written.add_done_callback(lambda _: named["async_stager"].close())
+        return written
+
+    monkeypatch.setattr(dcp, "async_save", as_torch_2_11)
+    run, kept = small_run(1), Checkpoints(tmp_path)
+    save(kept, run)
+    run.advance()
+    save(kept, run)
+    other = small_run()
+    assert load(tmp_path, other) == 2
+    assert all(torch.equal(value, weights(run)[name]) for name, value in weights(other).items())
 
 
 @contextlib.contextmanager

@@ -34,6 +34,13 @@ _PROGRESS = "progress.pt"
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
+class _KeptStager(DefaultStager):
+    """One that serves many checkpoints: torch 2.11 closes whatever it was given after the first, 2.13 what it made."""
+
+    def close(self) -> None:
+        """Nothing: it goes with the checkpoints that it serves."""
+
+
 class Checkpoints:
     """Checkpoints of a run in a folder, step-N each.
 
@@ -171,7 +178,7 @@ class Checkpoints:
         """What copies to the host: on a GPU into pinned memory that is kept, since getting it takes longer."""
         if self._stager is None:
             fast = torch.accelerator.is_available()
-            self._stager = DefaultStager(
+            self._stager = _KeptStager(
                 StagingOptions(
                     use_pinned_memory=fast,
                     use_shared_memory=False,
