@@ -26,6 +26,7 @@ from benchmarks.timing import provenance
 from mambalm.data.corpus import Corpus
 from mambalm.data.documents import Split, hold_out, read_documents, standard_library
 from mambalm.data.mixture import Mixture, Source, open_stream
+from mambalm.data.token_files import METADATA
 from mambalm.data.tokenizer import train_tokenizer
 from mambalm.models.loading import load
 from mambalm.training.curve import plot_runs
@@ -70,10 +71,12 @@ def prepare(folder: Path, source: Path | None) -> None:
     train_tokenizer(sample, VOCABULARY).save_pretrained(folder / "tokenizer")
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start `mambalm` there, the one that runs here."""
+def start(folder: Path, *arguments: str, gpu: int = 0) -> subprocess.Popen[bytes]:
+    """Start `mambalm` there, the one that runs here, on one GPU."""
     here = os.pathsep.join(str(Path(path).resolve()) for path in sys.path)
     environment = os.environ | {"PYTHONPATH": here}
+    if torch.cuda.device_count() > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     return subprocess.Popen([sys.executable, "-m", "mambalm", *arguments], cwd=folder, env=environment)
 
 
@@ -158,19 +161,26 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="what was measured, where there is no git")
     parser.add_argument("--held-out", type=float, default=0.01, help="share of the documents")
     parser.add_argument("--corpus", type=Path, help="a folder of Python files, instead of what this Python has")
-    parser.add_argument("--together", action="store_true", help="all runs at once, where one leaves the GPU idle")
+    parser.add_argument(
+        "--together", action="store_true", help="all runs at once, each on its GPU if there are so many"
+    )
+    parser.add_argument("--only-prepare", action="store_true", help="end before the first run")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="further changes of all recipes")
     options = parser.parse_intermixed_args()
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder, options.corpus)
-    finish([start(folder, "tokenize", f"{text}.jsonl", "-o", tokens, *TOKENIZE) for text, tokens in TEXTS])
+    left = [(text, tokens) for text, tokens in TEXTS if not (folder / tokens / METADATA).exists()]
+    finish([start(folder, "tokenize", f"{text}.jsonl", "-o", tokens, *TOKENIZE) for text, tokens in left])
+    if options.only_prepare:
+        return
     changed = [*changes(parse_count(options.tokens), options.held_out), *options.changes]
     started = []
     try:
-        for name in RECIPES:
-            started.append(start(folder, "train", name, *changed, "--output", name, "--device", options.device))
+        for name, gpu in zip(RECIPES, options.gpus, strict=True):
+            made = ("train", name, *changed, "--output", name, "--device", options.device)
+            started.append(start(folder, *made, gpu=gpu))
             if not options.together:
                 finish(started)
         finish(started)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PARTS = ["scaling", "resume"]
 # Steps of the run that goes on: up to these, on one rank, then two, then four.
 STEPS = {1: 2, 2: 4, 4: 6}
 
@@ -33,18 +34,22 @@ class Job:
         folder: for checkpoints.
         scaling: arguments of `benchmarks.scaling`.
         limit: seconds that a part may take.
+        parts: "scaling" (with the checkpoints), "resume".
+        output: where what was found is written after each part.
     """
 
     device: str
     folder: Path
     scaling: Sequence[str]
     limit: float
+    parts: Sequence[str]
+    output: Path | None
 
     def launch(self, gpus: Sequence[int], module: str, *arguments: str) -> list[dict[str, Any]]:
-        """The objects that a module's main rank printed, run on these GPUs by torchrun.
+        """The objects that a module's main rank printed, run on these GPUs by torchrun; those so far if time is up.
 
         Raises:
-            RuntimeError: it failed or took too long; the end of what it said.
+            RuntimeError: it failed, or took too long to print any; the end of what it said.
         """
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(len(gpus))]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "OMP_NUM_THREADS": "4"}
@@ -60,16 +65,19 @@ class Job:
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
+            if found := _objects(error.stdout):
+                return found
             raise RuntimeError(f"more than {self.limit:.0f} s: {_end(error.stdout)}") from error
         if done.returncode:
             raise RuntimeError(_end(done.stdout))
-        lines = (line.removeprefix("FOUND ") for line in done.stdout.splitlines())
-        return [json.loads(line) for line in lines if line.startswith("{")]
+        return _objects(done.stdout)
 
     def scale(self, gpus: Sequence[int], *more: str) -> dict[str, Any]:
         """The speed on these GPUs."""
         where = ("--device", self.device, "--folder", str(self.folder))
-        return self.launch(gpus, "benchmarks.scaling", *where, *self.scaling, *more)[-1]
+        lines = self.launch(gpus, "benchmarks.scaling", *where, *self.scaling, *more)
+        # Of one that was stopped, the speed and the checkpoints so far.
+        return lines[-1] if "step_ms" in lines[-1] else lines[0] | {"checkpoints": lines[1:]}
 
     def train(self, gpus: Sequence[int], name: str, **job: Any) -> dict[str, Any]:
         """A small run on these GPUs, gone on with from its last checkpoint."""
@@ -78,9 +86,17 @@ class Job:
         return self.launch(gpus, "tests.training.spread", str(self.folder / name), json.dumps([job]))[-1]
 
 
+def _text(output: str | bytes | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
 def _end(output: str | bytes | None) -> str:
-    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
-    return text[-1500:]
+    return _text(output)[-1500:]
+
+
+def _objects(output: str | bytes | None) -> list[dict[str, Any]]:
+    lines = (line.removeprefix("FOUND ") for line in _text(output).splitlines())
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def measure(job: Job, gpus: int) -> dict[str, Any]:
@@ -93,18 +109,24 @@ def measure(job: Job, gpus: int) -> dict[str, Any]:
         except RuntimeError as error:
             found["failed"][name] = str(error)
         found["seconds"][name] = round(time.perf_counter() - begin, 1)
+        print(name, json.dumps(found.get(name)), flush=True)
+        if job.output:
+            job.output.write_text(json.dumps(found, indent=1) + "\n")
 
     def small() -> dict[str, Any]:
         job.train([gpus - 1], "parts", steps=STEPS[1])
         return job.train([gpus - 1], "whole", steps=max(STEPS.values()))
 
-    first = [("ranks_1", lambda: job.scale([0])), ("whole", small)]
-    if gpus >= 4:
+    first = [("ranks_1", lambda: job.scale([0]))] if "scaling" in job.parts else []
+    if gpus >= 4 and "scaling" in job.parts:
         first.append(("ranks_2", lambda: job.scale([1, 2])))
+    if "resume" in job.parts:
+        first.append(("whole", small))
     with ThreadPoolExecutor(len(first) if gpus >= 4 else 1) as pool:
         list(pool.map(lambda each: part(*each), first))
-    part(f"ranks_{gpus}", lambda: job.scale(range(gpus), "--checkpoints"))
-    for world in (2, 4):
+    if "scaling" in job.parts:
+        part(f"ranks_{gpus}", lambda: job.scale(range(gpus), "--checkpoints"))
+    for world in (2, 4) if "resume" in job.parts else ():
         if world <= gpus:
             part(f"resumed_{world}", lambda world=world: job.train(range(world), "parts", steps=STEPS[world]))
     return found
@@ -143,14 +165,13 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=4, choices=[2, 4, 8])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit", type=float, default=90, help="seconds of a part")
-    parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--output", type=Path, help="a JSON file, written after every part")
     options, scaling = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Job(options.device, Path(folder), scaling, options.limit), options.gpus)
+        job = Job(options.device, Path(folder), scaling, options.limit, options.parts, options.output)
+        found = measure(job, options.gpus)
     print(report(found), flush=True)
-    print(json.dumps(found))
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
     return int(bool(found["failed"]))
 
 
