@@ -161,9 +161,8 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="what was measured, where there is no git")
     parser.add_argument("--held-out", type=float, default=0.01, help="share of the documents")
     parser.add_argument("--corpus", type=Path, help="a folder of Python files, instead of what this Python has")
-    parser.add_argument(
-        "--together", action="store_true", help="all runs at once, each on its GPU if there are so many"
-    )
+    parser.add_argument("--together", action="store_true", help="all runs at once")
+    parser.add_argument("--gpus", type=int, nargs=len(RECIPES), default=[0] * len(RECIPES), help="of each run")
     parser.add_argument("--only-prepare", action="store_true", help="end before the first run")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="further changes of all recipes")
