@@ -175,6 +175,22 @@ def test_another_recipe_in_the_folder_is_refused(data: Path, tmp_path: Path) -> 
     assert files == {"checkpoints", "curves.png", "metrics.jsonl", "model", "recipe.yaml", "tensorboard"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": "{folder}/none"}, "has no tokenizer"),
+        ({"data": {"sources": [{"path": "{folder}/none"}]}, "tokenizer": "{folder}/none"}, "none does not exist: make"),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_nothing(
+    changes: dict[str, Any], message: str, data: Path, tmp_path: Path
+) -> None:
+    changes = json.loads(json.dumps(changes).replace("{folder}", str(tmp_path)))
+    with pytest.raises(ValueError, match=message):
+        run(recipe(data, changes), tmp_path / "run", Ranks(), Console(quiet=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_watched_on_request(data: Path, tmp_path: Path) -> None:
     """A profile of some steps, the layers' norms, held-out loss and samples on their schedules."""
     logging = {"every": 2, "layers": 3, "plot": 4, "profile": [2, 3]}
@@ -220,9 +236,8 @@ def test_wrong_vocabulary_and_missing_files_are_named(data: Path, tmp_path: Path
     values["model"]["config"]["vocab_size"] = 100
     with pytest.raises(ValueError, match=r"has 272 tokens, the model's vocabulary 100: set model\.config\.vocab_size"):
         trainer(recipe(data, {"model": values["model"]}), tmp_path)
-    made = trainer(recipe(data, {"data": {"sources": [{"path": str(tmp_path / "none")}]}}), tmp_path)
     with pytest.raises(ValueError, match="mambalm tokenize"):
-        made.advance()
+        trainer(recipe(data, {"data": {"sources": [{"path": str(tmp_path / "none")}]}}), tmp_path)
     with pytest.raises(ValueError, match="has no tokenizer that transformers can load"):
         trainer(recipe(data, {"tokenizer": str(tmp_path / "none")}), tmp_path)
 

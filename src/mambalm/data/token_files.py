@@ -108,6 +108,10 @@ class Metadata:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
+            if not folder.exists():
+                raise TokenFileError(
+                    f"{folder} does not exist: make it with `mambalm tokenize INPUT... -o {folder} --tokenizer NAME`"
+                ) from None
             raise TokenFileError(
                 f"{folder} has no {METADATA}: finish `mambalm tokenize -o {folder}` or, if datatrove wrote its .ds "
                 f"files, run `mambalm tokenize --collect -o {folder} --tokenizer NAME`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from mambalm.data.token_files import Metadata
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.training.adapters import Adapter, put_on
 from mambalm.training.checkpoint import Checkpoints
@@ -89,6 +91,13 @@ class Folder:
         with replacing(self.recipe) as file:
             file.write_text(dump(recipe))
 
+    def leave(self) -> None:
+        """Undo `prepare` where no run was begun."""
+        if not self.checkpoints.exists():
+            self.recipe.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds something else
+                self.path.rmdir()
+
 
 def _changes(before: Any, now: Any, path: str = "") -> Any:
     """What differs between two nested values, a line each."""
@@ -108,6 +117,7 @@ def open_trainer(recipe: Recipe, folder: Folder, ranks: Ranks) -> Trainer:
     Raises:
         ValueError: tokenizer, model, data or checkpoint do not fit.
     """
+    _require_data(recipe)
     tokenizer = load_tokenizer(recipe.tokenizer)
     precision = policy(recipe.precision, ranks.device)
     network = build_model(recipe, tokenizer, precision, sharded=is_sharded(recipe.parallel))
@@ -124,6 +134,14 @@ def open_trainer(recipe: Recipe, folder: Folder, ranks: Ranks) -> Trainer:
         trainer.load(recipe.fork.step)
         trainer.checkpoints = kept
     return trainer
+
+
+def _require_data(recipe: Recipe) -> None:
+    """Raise TokenFileError where token files are missing, before the Hub is asked for anything."""
+    for stage in range(len(recipe.stages)):
+        for source in recipe.data_of(stage).sources:
+            if source.kind == "tokens":
+                Metadata.read(Path(source.path))
 
 
 def run(
@@ -146,8 +164,13 @@ def run(
     if ranks.is_main:
         folder.prepare(recipe, restart)
     ranks.barrier()
-    trainer = open_trainer(recipe, folder, ranks)
-    trainer.prepare()
+    try:
+        trainer = open_trainer(recipe, folder, ranks)
+        trainer.prepare()
+    except Exception:
+        if ranks.is_main:
+            folder.leave()
+        raise
     if ranks.is_main and trainer.adapted is not None:
         console.print(str(trainer.adapted.report))
     if ranks.is_main and trainer.position.step:
