@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -246,6 +248,14 @@ def test_a_high_repetition_penalty_repeats_nothing(tiny_model: PreTrainedModel) 
 def test_a_wrong_prompt_is_named(tiny_model: PreTrainedModel, prompts: list[torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tiny_model, prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given"), [([1, 2], "list"), (torch.ones(1, 2, dtype=torch.long), r"shape \(1, 2\)")]
+)
+def test_a_prompt_that_is_no_row_of_tokens_is_named(tiny_model: PreTrainedModel, prompt: Any, given: str) -> None:
+    with pytest.raises(TypeError, match=rf"prompt 1 must be a tensor of token ids \(l\), got {given}"):
+        read(tiny_model, [prompt])
 
 
 @pytest.mark.parametrize("wrong", ["max_new_tokens", "chunk_size", "copies"])

@@ -85,7 +85,7 @@ def test_saved_and_merged_adapters_are_the_trained_ones(checkpoint: str, batch: 
     adapted = start(checkpoint, Adapter(rank=4, targets=["x_proj", "out_proj"]))
     assert set(adapted.report.adapted) == {"out_proj", "x_proj"}
     train(adapted, batch, 3)
-    adapted.save(tmp_path / "adapter")
+    adapted.save(str(tmp_path / "adapter"))
     with torch.no_grad():
         expected = adapted.model.eval()(batch.inputs, cu_seqlens=batch.cu_seqlens).logits
         again, report = load_adapter(load(checkpoint), tmp_path / "adapter")

@@ -57,7 +57,7 @@ def read(
         The logits (b, v) after each row's last token, and the state there.
 
     Raises:
-        ValueError: a prompt is empty, or a token id is outside of the model's vocabulary.
+        ValueError, TypeError: a prompt is empty or no tensor (l), or a token id is outside of the model's vocabulary.
     """
     _check_prompts(model, prompts)
     chunk_size = chosen_chunk_size(model) if chunk_size is None else chunk_size
@@ -116,6 +116,9 @@ def _check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None
         raise ValueError("there is no prompt")
     vocabulary = model.config.vocab_size
     for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, Tensor) or prompt.ndim != 1:
+            given = f"shape {tuple(prompt.shape)}" if isinstance(prompt, Tensor) else type(prompt).__name__
+            raise TypeError(f"prompt {row + 1} must be a tensor of token ids (l), got {given}")
         if not len(prompt):
             raise ValueError(f"prompt {row + 1} has no tokens; give it at least one, such as the start-of-text token")
         if int(prompt.max()) >= vocabulary or int(prompt.min()) < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class Adapted:
     peft: PeftModel
     report: AdapterReport
 
-    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
+    def save(self, folder: str | os.PathLike[str], state: Mapping[str, Tensor] | None = None) -> Path:
         """Write the adapters, for `mambalm.models.load_adapter` and PEFT; the folder appears when it is complete.
 
         Args:
@@ -68,9 +69,9 @@ class Adapted:
         """
         prefix = "base_model.model."
         tensors = None if state is None else {f"{prefix}{name}": tensor for name, tensor in state.items()}
-        with written_whole(folder, overwrite=True) as incomplete:
+        with written_whole(Path(folder), overwrite=True) as incomplete:
             self.peft.save_pretrained(str(incomplete), state_dict=tensors)
-        return folder
+        return Path(folder)
 
     def merged(self) -> MambalmForCausalLM:
         """The model with the adapters added to its weights; the adapters are used up.
