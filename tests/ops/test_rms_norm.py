@@ -155,6 +155,18 @@ class TestStream:
             _, stream = rms_norm(self.x, residual=self.small.to(dtype), backend=backend)
             assert stream.dtype == dtype
 
+    def test_not_asked_for(self, backend: str) -> None:
+        """Only the sum's rounding is left of it; gradients are those of a stream that nobody reads."""
+        x, weight = torch.randn(3, 12).bfloat16().requires_grad_(), torch.randn(12, requires_grad=True)
+        residual = torch.randn(3, 12, requires_grad=True)
+        both, _ = rms_norm(x, weight, residual=residual, backend=backend)
+        alone = rms_norm(x, weight, residual=residual, return_residual=False, backend=backend)
+        assert isinstance(alone, Tensor)
+        expected, found = (torch.autograd.grad(y.sum(), [x, weight, residual]) for y in (both, alone))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        with torch.no_grad():
+            assert torch.equal(rms_norm(x, weight, residual=residual, return_residual=False, backend=backend), both)
+
     def test_the_first_is_the_input(self, backend: str) -> None:
         y, stream = rms_norm(self.x, residual_in_fp32=True, backend=backend)
         assert stream.dtype == torch.float32
@@ -209,7 +221,7 @@ def test_custom_op_is_well_formed(backend: str, variant: str) -> None:
         t if t is None else t.requires_grad_() for t in map(args.get, ("x", "weight", "gate", "residual"))
     )
     torch.library.opcheck(
-        torch.ops.mambalm.rms_norm.default, (x, weight, gate, residual, 1e-5, 5, torch.float32, backend)
+        torch.ops.mambalm.rms_norm.default, (x, weight, gate, residual, 1e-5, 5, torch.float32, True, backend)
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mambalm.ops import rms_norm
 from tests.helpers import FLOAT32, assert_close, assert_no_worse, gradients
 from tests.ops.test_rms_norm import VARIANTS, arguments, norm, output_weights
 
@@ -64,6 +65,18 @@ def test_repeated_bit_for_bit_and_captured_in_a_graph(variant: str) -> None:
         found = both()
     graph.replay()
     assert all(a is b or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("d", [768, 2560, 33])
+def test_a_stream_that_is_not_kept_changes_no_bit(d: int) -> None:
+    """Nor does it matter that the sum is given, with nothing to add: the layers compute the norm again so."""
+    x, residual = torch.randn(300, d, device="cuda").bfloat16(), torch.randn(300, d, device="cuda")
+    weight = torch.randn(d, device="cuda")
+    y, stream = rms_norm(x, weight, residual=residual, backend="triton")
+    nothing = x.new_zeros(d).expand(x.shape)
+    again = rms_norm(nothing, weight, residual=stream, return_residual=False, backend="triton")
+    assert isinstance(again, torch.Tensor)
+    assert torch.equal(y, again)
 
 
 def test_more_than_2_to_the_31_elements() -> None:

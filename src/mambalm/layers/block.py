@@ -97,7 +97,9 @@ def _normalise_again(norm: RMSNorm, dtype: torch.dtype, added: bool) -> Callable
     def function(x: Tensor) -> Tensor:
         if not added:
             return norm(x).to(dtype)
-        return norm(x.new_zeros(x.shape[-1], dtype=dtype).expand(x.shape), residual=x)[0]
+        nothing = x.new_zeros(x.shape[-1], dtype=dtype).expand(x.shape)
+        again: Tensor = norm(nothing, residual=x, return_residual=False)
+        return again
 
     return function
 

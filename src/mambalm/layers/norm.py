@@ -52,11 +52,12 @@ class RMSNorm(nn.Module):
         gate: Tensor | None = None,
         residual: Tensor | None = None,
         residual_in_fp32: bool = False,
+        return_residual: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Normalise x (..., d), gated first as x * silu(gate), or added first to ``residual``.
 
         Returns:
-            y in x's dtype; (y, x + residual) if ``residual`` or ``residual_in_fp32`` is given.
+            y in x's dtype; (y, x + residual) if ``residual`` or ``residual_in_fp32`` is given and ``return_residual``.
         """
         return rms_norm(
             x,
@@ -66,6 +67,7 @@ class RMSNorm(nn.Module):
             group_size=self.group_size,
             residual=residual,
             residual_in_fp32=residual_in_fp32,
+            return_residual=return_residual,
             backend=self.backend,
         )
 

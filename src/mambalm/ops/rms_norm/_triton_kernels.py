@@ -16,7 +16,7 @@ def place(channels, group_size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     return token, channel, column < group_size
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "kept"])
 def norm_forward(
     x,
     weight,
@@ -30,11 +30,12 @@ def norm_forward(
     channels,
     group_size,
     tokens,
+    kept,
     eps,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y, and the residual stream if there is a ``residual``."""
+    """y, and of the first ``kept`` tokens the residual stream if there is a ``residual``."""
     token, channel, inside = place(channels, group_size, ROWS, BLOCK)
     there = (token < tokens) & inside
     h = tl.load(x + token * x_row + channel, mask=there, other=0.0).to(tl.float32)
@@ -43,9 +44,9 @@ def norm_forward(
         h *= g * sigmoid(g)
     if residual is not None:
         h += tl.load(residual + token * residual_row + channel, mask=there, other=0.0).to(tl.float32)
-        kept = h.to(total.dtype.element_ty)
-        tl.store(total + token * channels + channel, kept, mask=there)
-        h = kept.to(tl.float32)
+        rounded = h.to(total.dtype.element_ty)
+        tl.store(total + token * channels + channel, rounded, mask=there & (token < kept))
+        h = rounded.to(tl.float32)
     h *= tl.rsqrt(tl.sum(h * h, axis=1) / group_size + eps)[:, None]
     if weight is not None:
         h *= tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)

@@ -31,13 +31,14 @@ def forward(
     eps: float,
     group_size: int,
     stream_dtype: torch.dtype,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """y (..., d) in x's dtype, and x + residual (..., d) in ``stream_dtype``, empty without a residual."""
+    """y (..., d) in x's dtype, and x + residual (..., d) in ``stream_dtype``, empty without a residual or ``keep``."""
     if residual is not None and stream_dtype == torch.float16:
         # No kernel rounds to it, and y is made of the rounded stream.
         stream = (x.float() + residual).to(stream_dtype)
         y, _ = forward(stream.float(), weight, None, None, eps, group_size, stream_dtype)
-        return y.to(x.dtype), stream
+        return y.to(x.dtype), stream if keep else stream.new_empty(0)
     d = x.shape[-1]
     y = torch.empty(x.shape, dtype=readable(x))
     stream = torch.empty((0,) if residual is None else x.shape, dtype=stream_dtype)
@@ -46,7 +47,7 @@ def forward(
     more = (*_readable(residual), residual is not None, np.float32(eps), group_size)
     outputs = (rows(y)[0], _readable(stream)[0])
     parallel(kernels.forward, -(-count // kernels.ROWS), x.numel(), (count, *inputs, *more, *outputs))
-    return y.to(x.dtype), stream
+    return y.to(x.dtype), stream if keep else stream.new_empty(0)
 
 
 def backward(

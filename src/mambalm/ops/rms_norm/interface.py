@@ -18,6 +18,7 @@ def rms_norm(
     group_size: int | None = None,
     residual: Tensor | None = None,
     residual_in_fp32: bool = False,
+    return_residual: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Divide by the root mean square over the channels (Zhang & Sennrich 2019, arXiv:1910.07467).
@@ -34,11 +35,13 @@ def rms_norm(
         group_size: take the mean over each group of that many neighbouring channels; None: over all d.
         residual: the residual stream so far (..., d).
         residual_in_fp32: keep the residual stream in float32 (float64 for a float64 x) instead of residual's dtype.
+        return_residual: give the residual stream, where there is one, as well; False: not, and do not write it where no
+            gradient needs it.
         backend: one of ``mambalm.ops.backends.NAMES``; None leaves the choice to ``use_backend`` and the library.
 
     Returns:
-        y (..., d) in x's dtype. Given a residual or residual_in_fp32, (y, r) with the new residual stream
-        r = x + residual (..., d), which is x where the residual is None; y is made from r as it is kept, after
+        y (..., d) in x's dtype. Given a residual or residual_in_fp32, and return_residual, (y, r) with the new residual
+        stream r = x + residual (..., d), which is x where the residual is None; y is made from r as it is kept, after
         rounding. Every tensor has a gradient. Arithmetic is float32, float64 for a float64 x.
 
     Raises:
@@ -55,7 +58,10 @@ def rms_norm(
         y, stream = reference.rms_norm(*arguments)
     else:
         function = backends.way(_run, _forward, (x, weight, gate, residual), _differentiable)
-        y, stream = function(*arguments, name)
+        keep = return_residual or backends.needs_grad(x, weight, residual)
+        y, stream = function(*arguments, keep, name)
+    if not return_residual:
+        return y
     if residual is not None:
         return y, stream
     return (y, x.to(acc)) if residual_in_fp32 else y
@@ -101,20 +107,22 @@ def _run(
     eps: float,
     group_size: int,
     stream_dtype: torch.dtype,
+    keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """y and the residual stream, which is empty without a residual."""
+    """y and the residual stream, which is empty without a residual or ``keep``."""
     module = backends.choose(_call(x, group_size), backend)
     with backends.exact(x.device):
-        return module.forward(x, weight, gate, residual, eps, group_size, stream_dtype)
+        return module.forward(x, weight, gate, residual, eps, group_size, stream_dtype, keep)
 
 
 _forward = torch.library.custom_op("mambalm::rms_norm", _run, mutates_args=())
 
 
 @_forward.register_fake
-def _(x, weight, gate, residual, eps, group_size, stream_dtype, backend):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape, dtype=stream_dtype)
+def _(x, weight, gate, residual, eps, group_size, stream_dtype, keep, backend):  # type: ignore[no-untyped-def]
+    shape = x.shape if residual is not None and keep else (0,)
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=stream_dtype)
 
 
 def _run_backward(
@@ -153,7 +161,7 @@ _once = backends.differentiable_once(_OP, _run_backward, _backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, gate, residual, ctx.eps, ctx.group_size, _, ctx.backend = inputs
+    x, weight, gate, residual, ctx.eps, ctx.group_size, _, _, ctx.backend = inputs
     ctx.dtypes = (x.dtype, x.dtype if residual is None else residual.dtype)
     ctx.has_residual = residual is not None
     # x and the residual are not kept: their sum, which the next block keeps anyway, says all.
@@ -174,7 +182,7 @@ def _autograd(ctx, dy, dstream):  # type: ignore[no-untyped-def]
     dweight = None if weight is None else dweight
     dgate = None if gate is None else dgate
     dresidual = dsource.to(dresidual_dtype) if ctx.has_residual else None
-    return dsource if branch_dtype is None else dx, dweight, dgate, dresidual, None, None, None, None
+    return dsource if branch_dtype is None else dx, dweight, dgate, dresidual, *[None] * 5
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

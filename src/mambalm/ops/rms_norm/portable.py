@@ -20,8 +20,9 @@ def forward(
     eps: float,
     group_size: int,
     stream_dtype: torch.dtype,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """y (..., d) in x's dtype, and x + residual (..., d) in ``stream_dtype``, empty without a residual."""
+    """y (..., d) in x's dtype, and x + residual (..., d) in ``stream_dtype``, empty without a residual or ``keep``."""
     acc = accumulation_dtype(x.dtype)
     if residual is None:
         source, stream = x, x.new_empty(0, dtype=stream_dtype)
@@ -31,7 +32,7 @@ def forward(
     y = normed.flatten(-2)
     if weight is not None:
         y = y * weight
-    return y.to(x.dtype), stream
+    return y.to(x.dtype), stream if keep else stream.new_empty(0)
 
 
 def backward(

@@ -58,15 +58,18 @@ def forward(
     eps: float,
     group_size: int,
     stream_dtype: torch.dtype,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """y (..., d) in x's dtype, and x + residual (..., d) in ``stream_dtype``, empty without a residual."""
+    """y (..., d) in x's dtype, and x + residual (..., d) in ``stream_dtype``, empty without a residual or ``keep``."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stream = torch.empty((0,) if residual is None else x.shape, dtype=stream_dtype, device=x.device)
+    # The kernel is one whether it keeps the stream or not: the order of its sums must not depend on that.
+    stream = torch.empty(x.shape if residual is not None and keep else (0,), dtype=stream_dtype, device=x.device)
     inputs = {name: None if t is None else _rows(t) for name, t in (("x", x), ("gate", gate), ("residual", residual))}
     tile = _tile(group_size, _WARP)
-    programs = ceil_div(x.numel() // x.shape[-1], tile["ROWS"])
+    tokens = x.numel() // x.shape[-1]
     weight = None if weight is None else weight.contiguous()
-    _launch(norm_forward, programs, group_size, inputs, weight=weight, y=y, total=stream, eps=eps, **tile)
+    outputs = {"y": y, "total": stream, "kept": tokens if keep else 0}
+    _launch(norm_forward, ceil_div(tokens, tile["ROWS"]), group_size, inputs, weight=weight, eps=eps, **outputs, **tile)
     return y, stream
 
 
