@@ -38,6 +38,7 @@ class Training:
     peer_peak: float | None
     goal: float | None
     recompute: bool = True  # as in `mambalm.layers.Mamba`
+    kept: int = 0  # blocks that compute nothing again
     scans: int = 0  # blocks that compute the scan again as well
     checkpointed: int = 0  # blocks of which nothing but the input is kept
     length: int = 2048
@@ -46,9 +47,9 @@ class Training:
 TRAINING = (
     Training("130m", 32, 188e3, 64, 330e3),
     Training("130m", 32, 188e3, 64, 330e3, recompute=False),
-    Training("1.4b", 16, 32.2e3, 98, 52e3, scans=6),
-    Training("2.8b", 8, 17.6e3, 98, 28e3, scans=26),
-    Training("2.8b", 16, 14.3e3, 86, 24e3, scans=64, checkpointed=44),
+    Training("1.4b", 16, 32.2e3, 98, 52e3, kept=14),
+    Training("2.8b", 8, 17.6e3, 98, 28e3),
+    Training("2.8b", 16, 14.3e3, 86, 24e3, scans=64, checkpointed=45),
     Training("mamba2-130m", 32, None, None, None),
     Training("mamba2-2.7b", 8, None, None, None),
 )
@@ -81,11 +82,12 @@ def timed(function: Callable[[], object], repeats: int) -> tuple[float, float]:
 def training(case: Training) -> dict[str, Any]:
     """Steps of a model in training."""
     trained = model(case.model, torch.float32).train()
-    for index, block in enumerate(trained.backbone.layers):
-        block.mixer.recompute = "scan" if index < case.scans else case.recompute
+    blocks = trained.backbone.layers
+    for index, block in enumerate(blocks):
+        block.mixer.recompute = "scan" if index < case.scans else case.recompute and index < len(blocks) - case.kept
     if case.checkpointed:
         trained.gradient_checkpointing_enable({"use_reentrant": False})
-        for block in trained.backbone.layers[case.checkpointed :]:
+        for block in blocks[case.checkpointed :]:
             block.gradient_checkpointing = False
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(50280, (case.batch, case.length), device="cuda")
@@ -102,7 +104,10 @@ def training(case: Training) -> dict[str, Any]:
     speed = case.batch * case.length / seconds
     parameters = sum(p.numel() for p in trained.parameters())
     return {
-        **{name: getattr(case, name) for name in ("model", "batch", "length", "recompute", "scans", "checkpointed")},
+        **{
+            name: getattr(case, name)
+            for name in ("model", "batch", "length", "recompute", "kept", "scans", "checkpointed")
+        },
         "tokens_per_second": round(speed),
         "mfu": round(6 * parameters * speed / PEAK_FLOPS, 4),
         "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
