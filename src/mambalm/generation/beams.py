@@ -59,7 +59,7 @@ def beam_search(
     """
     if beams < 2 or max_new_tokens < 1:
         raise ValueError(f"{beams} beams of {max_new_tokens} tokens: give at least 2 beams and 1 token")
-    logits, state = read(engine.model, [prompt], state, chunk_size=chunk_size)
+    logits, state = read(engine.model, [prompt], state, chunk_size=chunk_size, graphs=engine.chunks)
     reader = engine.reader(state.index([0] * beams))
     # All beams are the same at first: only the first one's continuations count.
     scores = torch.full((beams,), -torch.inf, device=logits.device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mambalm.generation import cpu_step, gpu_step
+from mambalm.generation.chunk_graphs import ChunkGraphs
 from mambalm.generation.owned_state import longest
 from mambalm.generation.reading import read, step
 from mambalm.generation.sampling import Choice, Chooser, Plan, Sampling
@@ -112,6 +113,10 @@ class Engine:
 
     The weights are read where they are: they may be changed in place but not replaced, and adapters not be exchanged,
     while the engine is in use.
+
+    Attributes:
+        model: the model.
+        chunks: the graphs that read short prompts; None where nothing is captured.
     """
 
     def __init__(self, model: MambalmForCausalLM) -> None:
@@ -121,6 +126,7 @@ class Engine:
         self._blocks: list[tuple[Weights, ...]] | None = None
         self._idle: dict[tuple[int, int, Plan | None], list[Captured]] = defaultdict(list)
         self._pool = torch.cuda.graph_pool_handle() if self._eager_because is None else None
+        self.chunks = None if self._pool is None else ChunkGraphs(model, self._pool)
 
     def explain(self) -> str:
         """How the steps run, and why not faster."""
@@ -153,7 +159,7 @@ class Engine:
         Raises:
             ValueError: see `read`.
         """
-        logits, state = read(self.model, prompts, state, chunk_size=settings.chunk_size)
+        logits, state = read(self.model, prompts, state, chunk_size=settings.chunk_size, graphs=self.chunks)
         copied = torch.arange(len(prompts), device=logits.device).repeat_interleave(settings.copies)
         if settings.copies > 1:
             logits, state = logits[copied], state.index(copied)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mambalm.layers.state import State
 
 if TYPE_CHECKING:
+    from mambalm.generation.chunk_graphs import ChunkGraphs
     from mambalm.models.common import MambalmForCausalLM
 
 # What the activations of a chunk may take on a GPU, and the most tokens that gain speed when read at once.
@@ -41,6 +42,7 @@ def read(
     state: State | None = None,
     *,
     chunk_size: int | None = None,
+    graphs: ChunkGraphs | None = None,
 ) -> tuple[Tensor, State]:
     """Read a batch of prompts.
 
@@ -52,6 +54,7 @@ def read(
         prompts: the token ids of each row, (l_i) with l_i at least 1, on any device.
         state: what each row has read before; None for nothing.
         chunk_size: tokens of each row that are read at once; None: `chosen_chunk_size`.
+        graphs: the model's, for what is too short to keep the device busy; None: none.
 
     Returns:
         The logits (b, v) after each row's last token, and the state there.
@@ -64,8 +67,8 @@ def read(
     state = model.init_state(len(prompts)) if state is None else state
     groups = list(_groups(prompts, chunk_size))
     if len(groups) == 1:
-        return _read_group(model, prompts, state, chunk_size)
-    parts = [_read_group(model, prompts[rows], state.index(rows), chunk_size) for rows in groups]
+        return _read_group(model, prompts, state, chunk_size, graphs)
+    parts = [_read_group(model, prompts[rows], state.index(rows), chunk_size, graphs) for rows in groups]
     return torch.cat([logits for logits, _ in parts]), State.cat([after for _, after in parts])
 
 
@@ -82,8 +85,10 @@ def _groups(prompts: Sequence[Tensor], chunk_size: int) -> Iterator[slice]:
 
 
 def _read_group(
-    model: MambalmForCausalLM, prompts: Sequence[Tensor], state: State, chunk_size: int
+    model: MambalmForCausalLM, prompts: Sequence[Tensor], state: State, chunk_size: int, graphs: ChunkGraphs | None
 ) -> tuple[Tensor, State]:
+    # Whole chunks keep the device busy by themselves, and their memory is not to be held twice.
+    short = 0 if graphs is None else chosen_chunk_size(model)
     at = [0] * len(prompts)
     first = [chunk_size - position % chunk_size for position in state.position.tolist()]
     logits: Tensor | None = None
@@ -93,11 +98,13 @@ def _read_group(
         at = stop
         ids, mask = _pad_left(pieces, model.device)
         whole = all(len(piece) == ids.shape[1] for piece in pieces)
-        output = model(
-            ids, attention_mask=None if whole else mask, cache_params=state, use_cache=True, logits_to_keep=1
-        )
-        state = output.cache_params
-        last = output.logits[:, -1]
+        found = graphs.read(ids, state) if graphs is not None and whole and ids.numel() < short else None
+        if found is None:
+            output = model(
+                ids, attention_mask=None if whole else mask, cache_params=state, use_cache=True, logits_to_keep=1
+            )
+            found = output.logits[:, -1], output.cache_params
+        last, state = found
         # Rows that ended in an earlier chunk keep the logits that they had there.
         logits = last if logits is None else torch.where(mask[:, -1:], last, logits)
     assert logits is not None, "every prompt has a token"

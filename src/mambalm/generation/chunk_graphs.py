@@ -1,0 +1,92 @@
+"""Short prompts in CUDA graphs: two thousand tokens take the host longer to launch than the device to read."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mambalm.generation.owned_state import OwnedState
+from mambalm.layers.state import MambaState, State
+from mambalm.models.cache import is_recurrent
+from mambalm.ops import backends
+
+if TYPE_CHECKING:
+    from mambalm.models.common import MambalmForCausalLM
+
+# Shapes that are kept.
+_MOST_GRAPHS = 8
+
+_Key = tuple[int, int, str]
+
+
+class ChunkGraphs:
+    """The graphs of one model, one per number of rows and tokens; none if it has attention layers.
+
+    A shape is read eagerly the first time and captured the second, so that prompts of ever new lengths cost nothing.
+    The weights are read where they are: they may be changed in place but not replaced.
+    """
+
+    def __init__(self, model: MambalmForCausalLM, pool: Any) -> None:
+        """Capture into the memory of a pool, whose graphs never run at once."""
+        self._model, self._pool = model, pool
+        self._seen: set[_Key] = set()
+        self._graphs: OrderedDict[_Key, _Chunk] = OrderedDict()
+
+    def read(self, ids: Tensor, state: State) -> tuple[Tensor, State] | None:
+        """Read ids (b, l) on from a state of b rows.
+
+        Returns:
+            The logits (b, v) after the last tokens, and the state there; None if there is no graph for that shape yet.
+        """
+        if not is_recurrent(self._model.config):
+            return None
+        key = (*ids.shape, backends.requested(None))
+        if key not in self._graphs:
+            if key not in self._seen:
+                self._seen.add(key)
+                return None
+            if len(self._graphs) == _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+            self._graphs[key] = _Chunk(self._model, ids, self._pool)
+        self._graphs.move_to_end(key)
+        return self._graphs[key](ids, state)
+
+
+class _Chunk:
+    """One graph, on memory of its own."""
+
+    def __init__(self, model: MambalmForCausalLM, ids: Tensor, pool: Any) -> None:
+        self._model = model
+        self._ids = ids.clone()
+        self._before = OwnedState(model, len(ids), 0)
+        self._graph = torch.cuda.CUDAGraph()
+        current, stream = torch.cuda.current_stream(ids.device), torch.cuda.Stream(ids.device)
+        stream.wait_stream(current)
+        with torch.cuda.device(ids.device), torch.cuda.stream(stream), torch.no_grad():
+            # Libraries make their workspaces for the stream now: a capture could not contain that.
+            self._once()
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+                self._logits, self._after = self._once()
+        current.wait_stream(stream)
+
+    def _once(self) -> tuple[Tensor, State]:
+        output = self._model(self._ids, cache_params=self._before.state, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1], output.cache_params
+
+    def __call__(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+        self._ids.copy_(ids)
+        self._before.replace(state)
+        self._graph.replay()
+        return self._logits.clone(), _copy(self._after)
+
+
+def _copy(state: State) -> State:
+    """A copy by few launches."""
+    layers = [layer for layer in state.layers if isinstance(layer, MambaState)]
+    sources = [part for layer in layers for part in (layer.conv, layer.ssm)]
+    copies = [torch.empty_like(part) for part in sources]
+    torch._foreach_copy_(copies, sources)
+    return State(tuple(map(MambaState, copies[::2], copies[1::2])), state.position.clone())
