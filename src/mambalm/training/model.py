@@ -30,9 +30,9 @@ _FAMILIES: Mapping[str, type[MambalmForCausalLM]] = {
     "mamba2": Mamba2ForCausalLM,
     "hybrid": MambaHybridForCausalLM,
 }
-# Bytes of kept activations for every token and channel inside a block, measured on an H200 with Mamba models of 130M to
-# 2.8B parameters under bfloat16 autocast (docs/decisions/2026-11-22-whole-models-on-h200.md); other families are near.
-_KEPT = {"none": 17.5, "selective": 13.5}
+# Bytes of kept activations for every token and channel inside a block, measured on a GPU with Mamba models of 130M to
+# 2.8B parameters under bfloat16 autocast (docs/decisions/2026-11-27-whole-models-on-h200.md); other families are near.
+_KEPT = {"none": 15.5, "selective": 10.5}
 
 
 def config_of(section: ModelSection) -> PreTrainedConfig:
