@@ -9,6 +9,7 @@ import torch
 
 from mambalm.generation import chunk_graphs, read
 from mambalm.layers.state import State
+from mambalm.ops import use_backend
 from tests.models.tiny import FAMILIES, tokens
 
 
@@ -35,7 +36,7 @@ def test_the_second_time_and_only_what_is_short(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(found, expected)
         assert state.position.tolist() == [35]
         read(model, [tokens(5), tokens(8)], graphs=graphs)
-    assert list(graphs._graphs) == [(1, 3, "")]
+    assert list(graphs._graphs) == [(1, 3)]
 
 
 def test_the_least_recent_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,5 +46,7 @@ def test_the_least_recent_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = chunk_graphs.ChunkGraphs(model, None)
     for length in (4, 4, 5, 5, 4, 6, 6):
         graphs.read(tokens(1, length), model.init_state(1))
-    assert [length for _, length, _ in graphs._graphs] == [4, 6]
+    assert [length for _, length in graphs._graphs] == [4, 6]
     assert graphs.read(tokens(1, 7), model.init_state(1)) is None
+    with use_backend("portable"):
+        assert graphs.read(tokens(1, 6), model.init_state(1)) is None

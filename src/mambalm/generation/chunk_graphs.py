@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mambalm.generation.owned_state import OwnedState
-from mambalm.layers.state import MambaState, State
+from mambalm.layers.state import AttentionState, MambaState, State
 from mambalm.models.cache import is_recurrent
 from mambalm.ops import backends
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 # Shapes that are kept.
 _MOST_GRAPHS = 8
-
-_Key = tuple[int, int, str]
 
 
 class ChunkGraphs:
@@ -31,9 +28,9 @@ class ChunkGraphs:
 
     def __init__(self, model: MambalmForCausalLM, pool: Any) -> None:
         """Capture into the memory of a pool, whose graphs never run at once."""
-        self._model, self._pool = model, pool
-        self._seen: set[_Key] = set()
-        self._graphs: OrderedDict[_Key, _Chunk] = OrderedDict()
+        self._model, self._pool, self._backend = model, pool, backends.requested(None)
+        self._seen: set[torch.Size] = set()
+        self._graphs: OrderedDict[torch.Size, _Chunk] = OrderedDict()
 
     def read(self, ids: Tensor, state: State) -> tuple[Tensor, State] | None:
         """Read ids (b, l) on from a state of b rows.
@@ -41,18 +38,18 @@ class ChunkGraphs:
         Returns:
             The logits (b, v) after the last tokens, and the state there; None if there is no graph for that shape yet.
         """
-        if not is_recurrent(self._model.config):
+        if not is_recurrent(self._model.config) or backends.requested(None) != self._backend:
             return None
-        key = (*ids.shape, backends.requested(None))
-        if key not in self._graphs:
-            if key not in self._seen:
-                self._seen.add(key)
+        shape = ids.shape
+        if shape not in self._graphs:
+            if shape not in self._seen:
+                self._seen.add(shape)
                 return None
             if len(self._graphs) == _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
-            self._graphs[key] = _Chunk(self._model, ids, self._pool)
-        self._graphs.move_to_end(key)
-        return self._graphs[key](ids, state)
+            self._graphs[shape] = _Chunk(self._model, ids, self._pool)
+        self._graphs.move_to_end(shape)
+        return self._graphs[shape](ids, state)
 
 
 class _Chunk:
@@ -61,7 +58,7 @@ class _Chunk:
     def __init__(self, model: MambalmForCausalLM, ids: Tensor, pool: Any) -> None:
         self._model = model
         self._ids = ids.clone()
-        self._before = OwnedState(model, len(ids), 0)
+        self._before = model.init_state(len(ids))
         self._graph = torch.cuda.CUDAGraph()
         current, stream = torch.cuda.current_stream(ids.device), torch.cuda.Stream(ids.device)
         stream.wait_stream(current)
@@ -73,20 +70,26 @@ class _Chunk:
         current.wait_stream(stream)
 
     def _once(self) -> tuple[Tensor, State]:
-        output = self._model(self._ids, cache_params=self._before.state, use_cache=True, logits_to_keep=1)
+        output = self._model(self._ids, cache_params=self._before, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1], output.cache_params
 
     def __call__(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         self._ids.copy_(ids)
-        self._before.replace(state)
+        _copy(state, self._before)
         self._graph.replay()
-        return self._logits.clone(), _copy(self._after)
+        after = State(tuple(map(_empty, self._after.layers)), torch.empty_like(self._after.position))
+        _copy(self._after, after)
+        return self._logits.clone(), after
 
 
-def _copy(state: State) -> State:
-    """A copy by few launches."""
-    layers = [layer for layer in state.layers if isinstance(layer, MambaState)]
-    sources = [part for layer in layers for part in (layer.conv, layer.ssm)]
-    copies = [torch.empty_like(part) for part in sources]
-    torch._foreach_copy_(copies, sources)
-    return State(tuple(map(MambaState, copies[::2], copies[1::2])), state.position.clone())
+def _empty(layer: MambaState | AttentionState) -> MambaState:
+    assert isinstance(layer, MambaState), "no layer attends"
+    return MambaState(torch.empty_like(layer.conv), torch.empty_like(layer.ssm))
+
+
+def _copy(source: State, target: State) -> None:
+    """Copy by a launch for each dtype."""
+    for name in ("conv", "ssm"):
+        theirs, ours = ([getattr(layer, name) for layer in state.layers] for state in (source, target))
+        torch._foreach_copy_(ours, theirs)
+    target.position.copy_(source.position)
