@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.distributed import Ranks
@@ -70,14 +71,20 @@ def test_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_many_checkpoints_where_torch_closes_what_copies_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = dcp.async_save
+    begin, stage = dcp.async_save, DefaultStager._stage
 
-    def as_torch_2_11(*arguments: Any, **named: Any) -> Any:
+    def copy_as_torch_2_11(self: Any, *arguments: Any, **named: Any) -> Any:
+        staged = stage(self, *arguments, **named)
+        self._state_dict_stager.close()
+        return staged
+
+    def begin_as_torch_2_11(*arguments: Any, **named: Any) -> Any:
         written = begin(*arguments, **named)
         written.add_done_callback(lambda _: named["async_stager"].close())
         return written
 
-    monkeypatch.setattr(dcp, "async_save", as_torch_2_11)
+    monkeypatch.setattr(DefaultStager, "_stage", copy_as_torch_2_11)
+    monkeypatch.setattr(dcp, "async_save", begin_as_torch_2_11)
     run, kept = small_run(1), Checkpoints(tmp_path)
     save(kept, run)
     run.advance()

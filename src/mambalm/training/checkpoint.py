@@ -35,7 +35,15 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class _KeptStager(DefaultStager):
-    """One that serves many checkpoints: torch 2.11 closes whatever it was given after the first, 2.13 what it made."""
+    """One that serves many checkpoints, in the same memory.
+
+    torch 2.11 closes a stager after its first checkpoint, and the copier in it after every one; later versions close
+    only what they have made.
+    """
+
+    def __init__(self, options: StagingOptions) -> None:
+        super().__init__(options)
+        self._state_dict_stager.close = self.close  # type: ignore[method-assign]
 
     def close(self) -> None:
         """Nothing: it goes with the checkpoints that it serves."""
