@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 # The state-space parameters, wherever they stand: decay would pull A towards -1, D towards 0 and Δ towards softplus(0).
 _STATE_SPACE = frozenset({"A_log", "D", "dt_bias"})
@@ -51,3 +52,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Give every group of the optimizer this learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def step_in_backward(optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
+    """Let the backward step every parameter as soon as its gradient is there, and drop the gradient.
+
+    So the gradients never lie in memory all at once: with AdamW's moments they are a quarter of what training keeps.
+    The parameters become what one step after the backward would make of them. It is for loops without clipping by
+    norm, accumulation and loss scaling, which all need every gradient first; they set the learning rate before the
+    backward, and call neither `step` nor `zero_grad`. Removing the handles ends it.
+
+    Raises:
+        ValueError: a parameter is sharded, so that the backward has no whole gradient of it.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(hasattr(parameter, "full_tensor") for parameter in parameters):
+        raise ValueError("sharded parameters cannot be stepped in the backward: call optimizer.step() after it")
+
+    def step(parameter: torch.Tensor) -> None:
+        optimizer.step()  # of those that have a gradient, which is this one
+        parameter.grad = None
+
+    return [parameter.register_post_accumulate_grad_hook(step) for parameter in parameters if parameter.requires_grad]
