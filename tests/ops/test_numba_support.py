@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -101,14 +100,6 @@ def test_rows_of_a_strided_view_are_not_copied() -> None:
 
 def _fill(first: int, last: int, out: np.ndarray) -> None:
     out[first:last] += 1
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def _child(queue: multiprocessing.Queue[int]) -> None:

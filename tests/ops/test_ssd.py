@@ -16,12 +16,12 @@ from tests.ops.ssd_helpers import arguments, doubled, only_y, output_weights, sc
 BACKENDS = ["portable", "reference"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])
 def test_two_steps_by_hand(backend: str) -> None:
     """One head, one channel, one state: h1 = e^(-Δ1) h0 + Δ1 B1 x1, h2 = e^(-Δ2) h1 + Δ2 B2 x2 with Δ = 1, 2."""
 
     def row(*values: float) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64)
+        return torch.tensor(values, dtype=torch.float32 if backend == "cpu" else torch.float64)
 
     y, state = scan(backend, dt_softplus=False)(
         x=row(3, 5).view(1, 2, 1, 1),

