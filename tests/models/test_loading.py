@@ -61,6 +61,7 @@ def test_a_loaded_model_can_be_saved_where_it_came_from(tmp_path: Path) -> None:
         model.backbone.norm_f.weight.mul_(2)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path / "b")
+    assert len({path.stat().st_mode for path in (tmp_path / "b").iterdir()}) == 1, "others can read all or nothing"
     assert_same(model.state_dict(), expected)
     assert_same(mambalm.load(tmp_path / "b").state_dict(), expected)
 

@@ -86,6 +86,7 @@ def test_saved_and_merged_adapters_are_the_trained_ones(checkpoint: str, batch: 
     assert set(adapted.report.adapted) == {"out_proj", "x_proj"}
     train(adapted, batch, 3)
     adapted.save(str(tmp_path / "adapter"))
+    assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1
     with torch.no_grad():
         expected = adapted.model.eval()(batch.inputs, cu_seqlens=batch.cu_seqlens).logits
         again, report = load_adapter(load(checkpoint), tmp_path / "adapter")

@@ -17,3 +17,14 @@ def full_disks_told(path: Path, *others: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise OSError(f"cannot write {path}: {error}") from error
+
+
+def share(folder: Path, like: str) -> None:
+    """Give safetensors' files the permissions of another file of the folder, which was written as any new file.
+
+    It goes by way of a temporary file, which only its owner may read.
+    """
+    if (folder / like).exists():
+        mode = (folder / like).stat().st_mode
+        for path in folder.glob("*.safetensors"):
+            path.chmod(mode)

@@ -16,6 +16,7 @@ from mambalm.models.common import MambalmForCausalLM
 from mambalm.models.formats import CheckpointError, detect
 from mambalm.models.formats.io import written_whole
 from mambalm.models.loading import FAMILIES, load, locate
+from mambalm.models.writing import share
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -71,6 +72,7 @@ class Adapted:
         tensors = None if state is None else {f"{prefix}{name}": tensor for name, tensor in state.items()}
         with written_whole(Path(folder), overwrite=True) as incomplete:
             self.peft.save_pretrained(str(incomplete), state_dict=tensors)
+            share(incomplete, "adapter_config.json")
         return Path(folder)
 
     def merged(self) -> MambalmForCausalLM:
