@@ -52,14 +52,22 @@ def _has_choice(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _ways(dtype: torch.dtype) -> dict[str, Way]:
     """The ways to multiply in a dtype, by what ``mambalm doctor`` calls them."""
     if dtype == torch.float32:
-        return {"oneDNN": _onednn, "BLAS": F.linear} if _has_onednn() else {}
+        return {"oneDNN": _onednn, "BLAS": F.linear} if _has_onednn(dtype) else {}
     if dtype == torch.bfloat16:
-        return {"bfloat16": _onednn if _has_onednn() else F.linear, "float32": _in_float32}
+        return {"bfloat16": _onednn if _has_onednn(dtype) else F.linear, "float32": _in_float32}
     return {}
 
 
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in a dtype here: without AVX-512 it does not in bfloat16, and says so when called."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    try:
+        with torch.no_grad():
+            _onednn(torch.zeros(2, 16, dtype=dtype), torch.zeros(16, 16, dtype=dtype), None)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
