@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
+import mambalm
 import mambalm_cli
 from mambalm.diagnostics.verify import Check
 
@@ -46,6 +47,23 @@ def test_generate_prints_the_continuation(
     assert result.exit_code == 0, result.output
     expected = expected_text(tiny_model, tiny_tokenizer, "def sort(", 9)
     assert result.stdout.rstrip("\n") == expected.rstrip("\ufffd").rstrip("\n")
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_generate_with_quantised_weights(
+    tiny_checkpoint: Path, tiny_tokenizer: PreTrainedTokenizerFast, quantization: str
+) -> None:
+    found = call("generate", tiny_checkpoint, "def sort(", "--max-new-tokens", "9", "--quantization", quantization)
+    assert found.exit_code == 0, found.output
+    quantised = mambalm.load(tiny_checkpoint, quantization=quantization)
+    expected = expected_text(quantised, tiny_tokenizer, "def sort(", 9)
+    assert found.stdout.rstrip("\n") == expected.rstrip("\ufffd").rstrip("\n")
+
+
+def test_an_unknown_quantization_is_refused(tiny_checkpoint: Path) -> None:
+    result = call("generate", tiny_checkpoint, "fox", "--quantization", "int2")
+    assert result.exit_code == 2
+    assert "'int8' or 'int4'" in result.stderr
 
 
 def test_generate_reads_a_file_and_standard_input(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-import mambalm
-from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
+from mambalm.cli.options import Device, Dtype, Quantization, load_model
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.generation import Engine, Sampling, Settings, TextStream, beam_search, end_tokens
 from mambalm.generation import generate as generate_text
@@ -43,6 +42,7 @@ def generate(
     convert_state: Annotated[bool, typer.Option(help="Accept a state of another device or dtype.")] = False,
     dtype: Dtype = None,
     device: Device = None,
+    quantization: Quantization = None,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens of the prompt that are read at once.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's folder or name; by default MODEL's.")] = None,
 ) -> None:
@@ -58,7 +58,7 @@ def generate(
     )
     # A state can be continued as it is.
     texts = _read_prompts(prompts or ([] if state is None or prompt_file else [""]), prompt_file or [])
-    network = mambalm.load(model, dtype=parse_dtype(dtype), device=parse_device(device))
+    network = load_model(model, dtype, device, quantization)
     encoder = load_tokenizer(tokenizer or model)
     settings = Settings(
         sampling=sampling,

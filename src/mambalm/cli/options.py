@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
+
+import mambalm
+
+if TYPE_CHECKING:
+    from mambalm.models.common import MambalmForCausalLM
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 Dtype = Annotated[str | None, typer.Option(help=f"Parameters: {', '.join(DTYPES)}; by default as stored.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda or cuda:1; by default the GPU if there is one.")]
+Quantization = Annotated[str | None, typer.Option(help="int8 or int4: the weights in so few bits, on a CPU.")]
+
+
+def load_model(model: str, dtype: str | None, device: str | None, quantization: str | None) -> MambalmForCausalLM:
+    """The checkpoint as the options ask for it; what is quantised goes to the CPU unless they say otherwise.
+
+    Raises:
+        ValueError: an option has a value that is not available.
+    """
+    place = "cpu" if device is None and quantization is not None else device
+    return mambalm.load(model, dtype=parse_dtype(dtype), device=parse_device(place), quantization=quantization)
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 from rich.console import Console
 
-import mambalm
-from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
+from mambalm.cli.options import Device, Dtype, Quantization, load_model
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.generation import state_file
 from mambalm.generation.session import Session
@@ -40,10 +39,11 @@ def read(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    quantization: Quantization = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's folder or name; by default MODEL's.")] = None,
 ) -> None:
     """Read a text and write the state after it. The same command resumes a run that was killed."""
-    network = mambalm.load(model, dtype=parse_dtype(dtype), device=parse_device(device))
+    network = load_model(model, dtype, device, quantization)
     encoder = load_tokenizer(tokenizer or model)
     session = Session(network, encoder, chunk_size=chunk_size, rungs=0)
     if state is not None:
