@@ -5,12 +5,12 @@ it, and goes through it in tiles of TILE steps. Loads, Δ and the gate are compu
 channels of a step and handed over in shared memory as float32; the recurrence runs with LANES threads per channel, each
 holding STATES / LANES states in registers, sequentially in time. SEVERAL channels share a thread, and with it what it
 reads of B and C: shared memory's bandwidth is the narrowest resource next to the exponentials. Sums over the states are
-left as one partial sum per lane in shared memory, where the first layout picks them up: shuffles would cost as much as
-the recurrence. Shared memory is written in groups of GROUP steps, because every store to a buffer that was stored to
-before costs a barrier.
+left as one partial sum per lane in shared memory, where the first layout picks them up; the backward of 8 lanes or more
+makes them by shuffles, so that a lane has those of one step, which it finishes and stores. Shared memory is written in
+groups of GROUP steps, because every store to a buffer that was stored to before costs a barrier.
 """
 
-from mambalm.ops.selective_scan._gluon_compat import gl, gluon, view
+from mambalm.ops.selective_scan._gluon_compat import barrier, gl, gluon, view
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -43,6 +43,19 @@ def tile_layout(steps, width, warps, most):
     vector = vector_width(steps, width, warps, most)
     across = min(width // vector, 32)
     return gl.BlockedLayout([1, vector], [32 // across, across], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def step_layout(several, lanes, warps):
+    """(channel / several, several, step) on the threads of ``state_layout``: a lane's number is that of the step, and a
+    thread's channels are neighbours in memory."""
+    return gl.BlockedLayout([1, several, 1], [32 // lanes, 1, lanes], [warps, 1, 1], [1, 2, 0])
+
+
+@gluon.constexpr_function
+def step_layout_in_memory(several, lanes, warps):
+    """``step_layout`` as (step, channel / several, several)."""
+    return gl.BlockedLayout([1, 1, several], [lanes, 32 // lanes, 1], [1, warps, 1], [2, 0, 1])
 
 
 @gluon.constexpr_function
@@ -198,6 +211,49 @@ def prefetch(pointers, mask):
 def sum_of_lanes(memory, LAYOUT: gl.constexpr, LIKE: gl.constexpr):
     """(step, lane, channel) to (step, channel)."""
     return gl.convert_layout(gl.sum(memory.load(LAYOUT), axis=1), LIKE, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def shuffle(bit):
+    return f"shfl.sync.bfly.b32 $0, $1, {bit}, 0x1f, 0xffffffff;"
+
+
+@gluon.jit
+def of_lane(x, BIT: gl.constexpr):
+    """What the thread holds whose lane differs in that bit."""
+    code: gl.constexpr = shuffle(BIT)
+    return gl.inline_asm_elementwise(code, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def fold(values, lane, BIT: gl.constexpr):
+    """Sums over pairs of lanes: of two neighbours in ``values``, the lanes with the bit keep the second's."""
+    odd = (lane & BIT) != 0
+    folded = ()
+    for i in gl.static_range(len(values) // 2):
+        keep = gl.where(odd, values[2 * i + 1], values[2 * i])
+        folded += (keep + of_lane(gl.where(odd, values[2 * i], values[2 * i + 1]), BIT),)
+    return folded
+
+
+@gluon.jit
+def sum_of_steps(values, lane, LANES: gl.constexpr):
+    """The sums over the lanes of a tuple of steps' (channel / several, several, lane), in registers, as (channel /
+    several, several, step): a step's on the lane of its number, and on those a multiple of the steps away."""
+    steps: gl.constexpr = len(values)
+    for bit in gl.static_range(5):
+        if (1 << bit) < steps:
+            values = fold(values, lane, 1 << bit)
+    total = values[0]
+    if steps < LANES:
+        total = gl.sum(gl.reshape(total, [total.shape[0], total.shape[1], LANES // steps, steps]), axis=2)
+    return total
+
+
+@gluon.jit
+def by_step(memory, LAYOUT: gl.constexpr, LIKE: gl.constexpr):
+    """(step, channel / several, several) in shared memory as (channel / several, several, step)."""
+    return gl.convert_layout(gl.permute(memory.load(LAYOUT), [1, 2, 0]), LIKE, assert_trivial=True)
 
 
 @gluon.jit
@@ -511,6 +567,33 @@ def held_state_layout(states, lanes, several, warps):
 
 
 @gluon.jit
+def before(first, values):
+    found = (first,)
+    return found + values
+
+
+@gluon.jit
+def store_sums(pointers, memory, mask, LAYOUT: gl.constexpr):
+    """The sums over the second axis of what lies in ``memory``."""
+    gl.store(pointers, gl.sum(memory.load(LAYOUT), axis=1), mask=mask)
+
+
+@gluon.jit
+def outputs(memory, i, STEPS: gl.constexpr, SEVERAL: gl.constexpr, MEMORY: gl.constexpr, OUT: gl.constexpr):
+    """The i-th STEPS steps of (step, channel) in the layout of the outputs: (step, channel), or by step."""
+    PLAIN2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    PLAIN3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    tiles: gl.constexpr = memory.shape[0] // STEPS
+    width: gl.constexpr = memory.shape[1]
+    if len(OUT.order) == 2:
+        found = view(memory, [tiles, STEPS, width], PLAIN2).index(i).load(OUT)
+    else:
+        apart = view(memory, [tiles, STEPS, width // SEVERAL, SEVERAL], PLAIN3)
+        found = by_step(apart.index(i), MEMORY, OUT)
+    return found
+
+
+@gluon.jit
 def scan_backward(
     u,
     delta,
@@ -576,7 +659,11 @@ def scan_backward(
     LANE_STATE: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, STATE))
     IO: gl.constexpr = tile_layout(PIECE, BLOCK, WARPS, 4)
     BC: gl.constexpr = tile_layout(PIECE, STATES, WARPS, 4)
-    OUT: gl.constexpr = tile_layout(GROUP, BLOCK, WARPS, 4)
+    # Many lanes make the sums over their states by shuffles, for OUTS steps at once; few, in shared memory.
+    SHUFFLED: gl.constexpr = LANES >= 8
+    OUTS: gl.constexpr = 8 if SHUFFLED else GROUP
+    OUT: gl.constexpr = step_layout(SEVERAL, LANES, WARPS) if SHUFFLED else tile_layout(GROUP, BLOCK, WARPS, 4)
+    OUT_MEMORY: gl.constexpr = step_layout_in_memory(SEVERAL, LANES, WARPS)
     OUT_LANES: gl.constexpr = partial_layout(GROUP, BLOCK, LANES, WARPS, 4)
     SUM: gl.constexpr = channel_sum_layout(STATES, WARPS)
     SUM_STATE: gl.constexpr = gl.SliceLayout(1, SUM)
@@ -609,11 +696,26 @@ def scan_backward(
     column = gl.expand_dims(column, 0)
     time_BC = gl.expand_dims(gl.arange(0, PIECE, gl.SliceLayout(1, BC)), 1)
     state_BC = gl.expand_dims(gl.arange(0, STATES, gl.SliceLayout(0, BC)), 0)
-    out_time = gl.expand_dims(gl.arange(0, GROUP, gl.SliceLayout(1, OUT)), 1)
-    out_channel = first + gl.arange(0, BLOCK, gl.SliceLayout(0, OUT))
-    out_inside = out_channel < last
-    skip = gl.expand_dims(channel_vector(D, out_channel, out_inside), 0)
-    out_column = gl.expand_dims(out_channel, 0)
+    if SHUFFLED:
+        LANE: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, CHANNEL_LANE))
+        lane_number = gl.expand_dims(gl.expand_dims(gl.arange(0, LANES, LANE), 0), 1)
+        OUT_CHANNEL: gl.constexpr = gl.SliceLayout(2, OUT)
+        out_time = gl.arange(0, OUTS, gl.SliceLayout(0, gl.SliceLayout(1, OUT)))
+        out_time = gl.expand_dims(gl.expand_dims(out_time, 0), 1)
+        out_head = gl.expand_dims(gl.arange(0, HEADS, gl.SliceLayout(1, OUT_CHANNEL)), 1)
+        out_several = gl.expand_dims(gl.arange(0, SEVERAL, gl.SliceLayout(0, OUT_CHANNEL)), 0)
+        out_channel = first + out_head * SEVERAL + out_several
+        out_inside = out_channel < last
+        skip = gl.expand_dims(channel_vector(D, out_channel, out_inside), 2)
+        out_column = gl.expand_dims(out_channel, 2)
+        out_mask = gl.expand_dims(out_inside, 2)
+    else:
+        out_time = gl.expand_dims(gl.arange(0, GROUP, gl.SliceLayout(1, OUT)), 1)
+        out_channel = first + gl.arange(0, BLOCK, gl.SliceLayout(0, OUT))
+        out_inside = out_channel < last
+        skip = gl.expand_dims(channel_vector(D, out_channel, out_inside), 0)
+        out_column = gl.expand_dims(out_channel, 0)
+        out_mask = gl.expand_dims(out_inside, 0)
     sum_index = gl.expand_dims(gl.arange(0, 2 * GROUP, gl.SliceLayout(1, SUM_STATE)), 1)
     sum_time = sum_index // 2
     sum_state = gl.expand_dims(gl.arange(0, STATES, gl.SliceLayout(0, SUM_STATE)), 0)
@@ -639,29 +741,28 @@ def scan_backward(
     memory_B = gl.allocate_shared_memory(gl.float32, [PIECE, STATES], PLAIN2)
     memory_C = gl.allocate_shared_memory(gl.float32, [PIECE, STATES], PLAIN2)
     step_at = view(memory_step, [PIECE, HEADS, SEVERAL], PLAIN2)
-    steps_at = view(memory_step, [PIECE // GROUP, GROUP, BLOCK], PLAIN2)
     memory_slope = gl.allocate_shared_memory(gl.float32, [PIECE, BLOCK], PLAIN2)
-    slopes_at = view(memory_slope, [PIECE // GROUP, GROUP, BLOCK], PLAIN2)
     if z is not None:
         memory_dz = gl.allocate_shared_memory(gl.float32, [PIECE, BLOCK], PLAIN2)
-        dzs_at = view(memory_dz, [PIECE // GROUP, GROUP, BLOCK], PLAIN2)
-    dys_at = view(memory_dy, [PIECE // GROUP, GROUP, BLOCK], PLAIN2)
     inflow_at = view(memory_inflow, [PIECE, HEADS, SEVERAL], PLAIN2)
     dy_at = view(memory_dy, [PIECE, HEADS, SEVERAL], PLAIN2)
     B_at = view(memory_B, [PIECE, LANES, HELD], PLAIN2)
     C_at = view(memory_C, [PIECE, LANES, HELD], PLAIN2)
     # The state at the start of each group: private to a thread, but for the barriers.
     start_at = gl.allocate_shared_memory(gl.float32, [PIECE // GROUP, SEVERAL, HEADS, LANES, HELD], PLAIN4)
-    # A group's sums over the states, by lane: of y and of the gradients of Δ u and of Δ A; and over a thread's
-    # channels: of the gradients of B and C.
-    memory_y = gl.allocate_shared_memory(gl.float32, [GROUP, LANES, BLOCK], PARTIAL)
-    memory_p = gl.allocate_shared_memory(gl.float32, [GROUP, LANES, BLOCK], PARTIAL)
-    memory_q = gl.allocate_shared_memory(gl.float32, [GROUP, LANES, BLOCK], PARTIAL)
+    if SHUFFLED:
+        memory_x = gl.allocate_shared_memory(gl.float32, [PIECE, BLOCK], PLAIN2)
+    else:
+        # A group's sums over the states, by lane: of y and of the gradients of Δ u and of Δ A.
+        memory_y = gl.allocate_shared_memory(gl.float32, [GROUP, LANES, BLOCK], PARTIAL)
+        memory_p = gl.allocate_shared_memory(gl.float32, [GROUP, LANES, BLOCK], PARTIAL)
+        memory_q = gl.allocate_shared_memory(gl.float32, [GROUP, LANES, BLOCK], PARTIAL)
+    # A group's gradients of B and C, summed over a thread's channels.
     memory_dBC = gl.allocate_shared_memory(gl.float32, [2 * GROUP, HEADS, STATES], PLAIN3)
 
     sum_A = gl.zeros([HEADS, SEVERAL, LANES, HELD], gl.float32, STATE)
-    sum_D = gl.zeros([GROUP, BLOCK], gl.float32, OUT)
-    sum_bias = gl.zeros([GROUP, BLOCK], gl.float32, OUT)
+    sum_D = gl.zeros([HEADS, SEVERAL, OUTS] if SHUFFLED else [GROUP, BLOCK], gl.float32, OUT)
+    sum_bias = gl.zeros([HEADS, SEVERAL, OUTS] if SHUFFLED else [GROUP, BLOCK], gl.float32, OUT)
     for item in range(share, rows * CHUNKS, shares):
         row, chunk, batch, begin, steps, piece = locate_chunk(cu_seqlens, item, length, PIECE, CHUNKS)
         u_row = u + batch * u_b + begin * u_l
@@ -708,6 +809,8 @@ def scan_backward(
                 if z is not None:
                     prefetch(z_row + early * z_l + at_line_z, line)
                 prefetch(checkpoints + (piece + start // PIECE - 1) * size + at_line_cell, line_cell)
+            if SHUFFLED:
+                memory_x.store(x)
             memory_step.store(step)
             memory_inflow.store(step * x)
             memory_dy.store(gated)
@@ -721,74 +824,91 @@ def scan_backward(
                     flow = of_channel(inflow_at.index(t).load(CHANNEL)) * of_state(B_at.index(t).load(LANE_STATE))
                     h = exp2(a * of_channel(step_at.index(t).load(CHANNEL))) * h + flow
             start_at.index(PIECE // GROUP - 1).store(gl.permute(h, [1, 0, 2, 3]))
-            for k in range(PIECE // GROUP):
-                i = PIECE // GROUP - 1 - k
-                t0 = i * GROUP
-                near = far + t0
-                valid = (out_time < steps - start - t0) & gl.expand_dims(out_inside, 0)
-                u_t = gl.load(u_row + near * u_l + (out_time * u_l + out_column), mask=valid, other=0.0)
-                h = gl.permute(start_at.index(i).load(HELD_STATE), [1, 0, 2, 3])
-                h = gl.convert_layout(h, STATE, assert_trivial=True)
-                hs = (h,)
-                decays = ()
-                for j in gl.static_range(GROUP):
-                    t = t0 + j
-                    flow = of_channel(inflow_at.index(t).load(CHANNEL)) * of_state(B_at.index(t).load(LANE_STATE))
-                    decay = exp2(a * of_channel(step_at.index(t).load(CHANNEL)))
-                    h = decay * h + flow
-                    hs += (h,)
-                    decays += (decay,)
+            if SHUFFLED:
+                barrier()  # else Triton puts one inside of the loop
+            for k in range(PIECE // OUTS):
+                i = PIECE // OUTS - 1 - k
+                near = far + i * OUTS
+                valid = (out_time < steps - start - i * OUTS) & out_mask
+                if not SHUFFLED:
+                    u_t = gl.load(u_row + near * u_l + (out_time * u_l + out_column), mask=valid, other=0.0)
                 ys = ()
                 ps = ()
                 qs = ()
-                dBs = ()
-                dCs = ()
-                for j in gl.static_range(GROUP):
-                    t = t0 + GROUP - 1 - j
-                    step_t = of_channel(step_at.index(t).load(CHANNEL))
-                    flow_t = of_channel(inflow_at.index(t).load(CHANNEL))
-                    dy_t = of_channel(dy_at.index(t).load(CHANNEL))
-                    B_t = of_state(B_at.index(t).load(LANE_STATE))
-                    C_t = of_state(C_at.index(t).load(LANE_STATE))
-                    h = hs[GROUP - j]
-                    if z is not None:
-                        ys += (gl.sum(h * C_t, axis=3),)
-                    dCs += (gl.sum(h * dy_t, axis=1),)
-                    dh = dh + dy_t * C_t
-                    ps += (gl.sum(dh * B_t, axis=3),)
-                    dBs += (gl.sum(dh * flow_t, axis=1),)
-                    dh = dh * decays[GROUP - 1 - j]
-                    exponent = dh * hs[GROUP - 1 - j]
-                    sum_A += exponent * step_t
-                    qs += (gl.sum(exponent * a, axis=3),)
-                memory_p.store(by_lane(stack4(ps[3], ps[2], ps[1], ps[0])))
-                memory_q.store(by_lane(stack4(qs[3], qs[2], qs[1], qs[0])))
-                dB = stack4(dBs[3], dBs[2], dBs[1], dBs[0])
-                memory_dBC.store(by_state(dB, stack4(dCs[3], dCs[2], dCs[1], dCs[0])))
-                if z is not None:
-                    memory_y.store(by_lane(stack4(ys[3], ys[2], ys[1], ys[0])))
+                for part in gl.static_range(OUTS // GROUP):
+                    t0 = i * OUTS + (OUTS - GROUP - part * GROUP)
+                    h = gl.permute(start_at.index(t0 // GROUP).load(HELD_STATE), [1, 0, 2, 3])
+                    h = gl.convert_layout(h, STATE, assert_trivial=True)
+                    hs = (h,)
+                    decays = ()
+                    for j in gl.static_range(GROUP):
+                        t = t0 + j
+                        flow = of_channel(inflow_at.index(t).load(CHANNEL)) * of_state(B_at.index(t).load(LANE_STATE))
+                        decay = exp2(a * of_channel(step_at.index(t).load(CHANNEL)))
+                        h = decay * h + flow
+                        hs += (h,)
+                        decays += (decay,)
+                    dBs = ()
+                    dCs = ()
+                    for j in gl.static_range(GROUP):
+                        t = t0 + GROUP - 1 - j
+                        step_t = of_channel(step_at.index(t).load(CHANNEL))
+                        flow_t = of_channel(inflow_at.index(t).load(CHANNEL))
+                        dy_t = of_channel(dy_at.index(t).load(CHANNEL))
+                        B_t = of_state(B_at.index(t).load(LANE_STATE))
+                        C_t = of_state(C_at.index(t).load(LANE_STATE))
+                        h = hs[GROUP - j]
+                        if z is not None:
+                            ys = before(gl.sum(h * C_t, axis=3), ys)
+                        dCs += (gl.sum(h * dy_t, axis=1),)
+                        dh = dh + dy_t * C_t
+                        ps = before(gl.sum(dh * B_t, axis=3), ps)
+                        dBs += (gl.sum(dh * flow_t, axis=1),)
+                        dh = dh * decays[GROUP - 1 - j]
+                        exponent = dh * hs[GROUP - 1 - j]
+                        sum_A += exponent * step_t
+                        qs = before(gl.sum(exponent * a, axis=3), qs)
+                    if not SHUFFLED:
+                        memory_p.store(by_lane(stack4(ps[0], ps[1], ps[2], ps[3])))
+                        memory_q.store(by_lane(stack4(qs[0], qs[1], qs[2], qs[3])))
+                    dB = stack4(dBs[3], dBs[2], dBs[1], dBs[0])
+                    memory_dBC.store(by_state(dB, stack4(dCs[3], dCs[2], dCs[1], dCs[0])))
+                    if part + 1 < OUTS // GROUP:
+                        pairs = at_sum + ((pair_block + token + far + t0) * groups + group) * states
+                        store_sums(pairs, memory_dBC, (sum_time < steps - start - t0) & (sum_state < states), SUM)
+                if z is not None and not SHUFFLED:
+                    memory_y.store(by_lane(stack4(ys[0], ys[1], ys[2], ys[3])))
+                if SHUFFLED:
+                    inflow = gl.convert_layout(sum_of_steps(ps, lane_number, LANES), OUT, assert_trivial=True)
+                    change = gl.convert_layout(sum_of_steps(qs, lane_number, LANES), OUT, assert_trivial=True)
                 here = (token + near) * channels + (out_time * channels + out_column)
-                x_t = u_t.to(gl.float32)
-                dgated = dys_at.index(i).load(OUT)
+                x_t = outputs(memory_x, i, OUTS, SEVERAL, OUT_MEMORY, OUT) if SHUFFLED else u_t.to(gl.float32)
+                dgated = outputs(memory_dy, i, OUTS, SEVERAL, OUT_MEMORY, OUT)
                 if z is not None:
-                    out = sum_of_lanes(memory_y, OUT_LANES, OUT) + skip * x_t
-                    dgate = out * dzs_at.index(i).load(OUT)
+                    if SHUFFLED:
+                        out = gl.convert_layout(sum_of_steps(ys, lane_number, LANES), OUT, assert_trivial=True)
+                    else:
+                        out = sum_of_lanes(memory_y, OUT_LANES, OUT)
+                    dgate = (out + skip * x_t) * outputs(memory_dz, i, OUTS, SEVERAL, OUT_MEMORY, OUT)
                     gl.store(dz + here, dgate.to(dz.dtype.element_ty), mask=valid)
-                inflow = sum_of_lanes(memory_p, OUT_LANES, OUT)
-                change = sum_of_lanes(memory_q, OUT_LANES, OUT) * LN2 + inflow * x_t
-                change *= slopes_at.index(i).load(OUT)
+                if not SHUFFLED:
+                    inflow = sum_of_lanes(memory_p, OUT_LANES, OUT)
+                    change = sum_of_lanes(memory_q, OUT_LANES, OUT)
+                change = change * LN2 + inflow * x_t
+                change *= outputs(memory_slope, i, OUTS, SEVERAL, OUT_MEMORY, OUT)
                 sum_bias += change
                 sum_D += dgated * x_t
-                into_u = inflow * steps_at.index(i).load(OUT) + skip * dgated
+                into_u = inflow * outputs(memory_step, i, OUTS, SEVERAL, OUT_MEMORY, OUT) + skip * dgated
                 gl.store(du + here, into_u.to(du.dtype.element_ty), mask=valid)
                 gl.store(ddelta + here, change.to(ddelta.dtype.element_ty), mask=valid)
-                pairs = ((pair_block + token + near) * groups + group) * states
-                summed = (sum_time < steps - start - t0) & (sum_state < states)
-                gl.store(at_sum + pairs, gl.sum(memory_dBC.load(SUM), axis=1), mask=summed)
+                # Last, so that the other warps have come this far meanwhile.
+                pairs = at_sum + ((pair_block + token + near) * groups + group) * states
+                summed = (sum_time < steps - start - i * OUTS) & (sum_state < states)
+                store_sums(pairs, memory_dBC, summed, SUM)
         if dinitial is not None:
             gl.store(dinitial + row * size + cells, dh, mask=both & (chunk == 0))
     gl.store(dA + share * size + cells, sum_A, mask=both)
     if dD is not None:
-        gl.store(dD + share * channels + out_channel, gl.sum(sum_D, axis=0), mask=out_inside)
+        gl.store(dD + share * channels + out_channel, gl.sum(sum_D, axis=2 if SHUFFLED else 0), mask=out_inside)
     if dbias is not None:
-        gl.store(dbias + share * channels + out_channel, gl.sum(sum_bias, axis=0), mask=out_inside)
+        gl.store(dbias + share * channels + out_channel, gl.sum(sum_bias, axis=2 if SHUFFLED else 0), mask=out_inside)
