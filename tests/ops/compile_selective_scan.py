@@ -33,6 +33,7 @@ def kernels(staged: bool) -> list[tuple[Any, type[ASTSource], dict[str, Any], in
         found += [
             (_gluon_kernels.scan_forward, GluonASTSource, STAGED | {"BLOCK": 64, "TILE": 16, "CHUNKS": 2}, 4),
             (_gluon_kernels.scan_backward, GluonASTSource, STAGED | {"BLOCK": 32, "CHUNKS": 2}, 2),
+            (_gluon_kernels.scan_backward, GluonASTSource, STAGED | {"LANES": 8, "BLOCK": 16, "CHUNKS": 2}, 2),
             (_gluon_kernels.scan_ends, GluonASTSource, STAGED | {"BLOCK": 32, "CHUNKS": 2}, 2),
         ]
     return found
