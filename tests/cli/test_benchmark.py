@@ -89,6 +89,7 @@ def test_nothing_to_measure_is_told() -> None:
         ("generate",): "name a MODEL, or a shape with --random",
         ("generate", "--random", "mamba-3b", "--device", "cpu"): "there is no shape 'mamba-3b'",
         ("generate", "--random", "mamba-130m", "--prompt", "hello"): "--prompt needs a tokenizer",
+        ("memory", "no-such-model", "--mode", "sideways"): "there is no mode 'sideways'; choose one of parallel",
     }.items():
         result = call(*arguments)
         assert result.exit_code == 2

@@ -27,7 +27,7 @@ from mambalm.diagnostics.benchmark import (
 )
 from mambalm.diagnostics.benchmark.figures import draw
 from mambalm.diagnostics.benchmark.measuring import GIB, environment, release
-from mambalm.diagnostics.benchmark.memory import Limits
+from mambalm.diagnostics.benchmark.memory import Limits, require_mode
 from mambalm.generation import Sampling, Settings
 from mambalm.models.shapes import SHAPES
 from mambalm.training.files import replacing
@@ -116,6 +116,8 @@ def memory(
     commit: Commit = None,
 ) -> None:
     """The longest prompt that can be read under a cap on memory: at once, in chunks, token by token."""
+    for name in mode or ():
+        require_mode(name)
     limits = Limits(
         bytes=int(memory_gib * GIB), shortest=shortest, longest=longest, seconds=seconds, chunk_size=chunk_size
     )

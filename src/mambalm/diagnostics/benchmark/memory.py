@@ -12,6 +12,16 @@ from mambalm.diagnostics.benchmark.subjects import Run, Subject
 MODES = ("parallel", "chunked", "token by token")
 
 
+def require_mode(mode: str) -> None:
+    """Refuse what is none of `MODES`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if mode not in MODES:
+        raise ValueError(f"there is no mode {mode!r}; choose one of {', '.join(MODES)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """When to stop doubling the prompt.
@@ -51,8 +61,7 @@ def measure_memory(subject: Subject, mode: str, limits: Limits) -> dict[str, Any
     Raises:
         ValueError: the mode is unknown, or the model cannot read in chunks.
     """
-    if mode not in MODES:
-        raise ValueError(f"there is no mode {mode!r}; choose one of {', '.join(MODES)}")
+    require_mode(mode)
     if mode == "chunked" and not subject.reads_in_chunks:
         return {"mode": mode, "refused": "transformers' recurrent models forget their state between chunks"}
     search = _Search(subject, mode, limits)
