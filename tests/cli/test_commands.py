@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -51,11 +52,18 @@ def test_generate_prints_the_continuation(
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_generate_with_quantised_weights(
-    tiny_checkpoint: Path, tiny_tokenizer: PreTrainedTokenizerFast, quantization: str
+    tiny_checkpoint: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    quantization: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    load = mambalm.load
+    asked = Mock(wraps=load)
+    monkeypatch.setattr(mambalm, "load", asked)
     found = call("generate", tiny_checkpoint, "def sort(", "--max-new-tokens", "9", "--quantization", quantization)
     assert found.exit_code == 0, found.output
-    quantised = mambalm.load(tiny_checkpoint, quantization=quantization)
+    assert asked.call_args.kwargs["quantization"] == quantization  # eight bits may write what all of them write
+    quantised = load(tiny_checkpoint, quantization=quantization)
     expected = expected_text(quantised, tiny_tokenizer, "def sort(", 9)
     assert found.stdout.rstrip("\n") == expected.rstrip("\ufffd").rstrip("\n")
 

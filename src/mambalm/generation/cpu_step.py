@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mambalm.layers.hooks import hooked
 from mambalm.layers.mamba import PLAIN_PROJECTIONS, Mamba, full_precision
 from mambalm.layers.mamba2 import Mamba2
 from mambalm.layers.norm import RMSNorm
@@ -260,9 +261,3 @@ class _Mamba2:
 
 def _vector(parameter: Tensor) -> Tensor:
     return parameter.detach().float().contiguous()
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether something beside the module's own forward runs when it is called."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return any(hooks) or "forward" in vars(module) or hasattr(module, "parametrizations")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mambalm.generation.cpu_step import hooked
 from mambalm.layers.attention import Attention
+from mambalm.layers.hooks import hooked
 from mambalm.layers.mamba import PLAIN_PROJECTIONS, Mamba, full_precision
 from mambalm.layers.mamba2 import Mamba2
 from mambalm.layers.mlp import GatedMLP

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from mambalm.generation import cpu_step, gpu_step
+from mambalm.generation import gpu_step
 from mambalm.generation.owned_state import OwnedState
 from mambalm.generation.reading import step
 from mambalm.generation.sampling import Choice, Chooser, Plan
 from mambalm.layers.attention import Attention
+from mambalm.layers.hooks import hooked
 from mambalm.layers.mamba2 import Mamba2
 from mambalm.layers.state import State
 from mambalm.ops import backends
@@ -59,7 +60,7 @@ def not_captured(model: MambalmForCausalLM) -> str | None:
     if model.device.type != "cuda":
         return f"the model is on {model.device.type}"
     devices = getattr(model, "hf_device_map", {}).values()
-    if len(set(devices)) > 1 or any(map(cpu_step.hooked, model.modules())):
+    if len(set(devices)) > 1 or any(map(hooked, model.modules())):
         return "modules have hooks, or are on several devices"
     blocks: Any = model.backbone.layers
     return next((reason for block in blocks if (reason := _waits(block.mixer, model.device, model.dtype))), None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mambalm.layers.hooks import hooked
 from mambalm.ops.backends import is_plain, needs_grad
 from mambalm.ops.linear import linear
 from mambalm.ops.linear_parts import linear_parts
@@ -45,6 +46,5 @@ def _is_trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_observed(module: nn.Module) -> bool:
-    """Whether anybody wants to see the module's call: hooks, or a ``forward`` put over its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    """Whether anybody wants to see the module's call, or its backward."""
+    return hooked(module) or bool(module._backward_hooks or module._backward_pre_hooks)

@@ -10,7 +10,7 @@ makes them by shuffles, so that a lane has those of one step, which it finishes 
 groups of GROUP steps, because every store to a buffer that was stored to before costs a barrier.
 """
 
-from mambalm.ops.selective_scan._gluon_compat import barrier, gl, gluon, view
+from mambalm.ops.gluon_support import barrier, gl, gluon, view
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
+from mambalm.ops import gluon_support
 from mambalm.ops.backends import Call
 from mambalm.ops.selective_scan import _launch
 from mambalm.ops.selective_scan import triton as plain
@@ -24,13 +24,8 @@ _MOST_CHUNKS = 16
 
 def supports(call: Call) -> str | None:
     """None, or why the call cannot run here."""
-    if triton.knobs.runtime.interpret:
-        return "Gluon does not run in Triton's interpreter"
-    if torch.version.hip is not None or call.device.type != "cuda" or not torch.cuda.is_available():
-        return "it needs an NVIDIA GPU"
-    if torch.cuda.get_device_capability(call.device) < (8, 0):
-        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
-    return _launch.unsupported(call)
+    reason = gluon_support.unsupported(call, lambda capability: capability >= (8, 0), "8.0 or later")
+    return reason or _launch.unsupported(call)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mambalm.ops.ssd._gluon_compat import barrier, copy_in, copy_out, gl, gluon, view
+from mambalm.ops.gluon_support import barrier, copy_in, copy_out, gl, gluon, view
 
 # Rows of a chunk's decays in shared memory: factors of the attention by output and by input token, as logarithms, then
 # the weights of the inputs in the state and of the state in the outputs.

@@ -1,14 +1,14 @@
 """ssd on Hopper GPUs: outputs by a kernel in Gluon where it takes their shape, all else by plain Triton."""
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mambalm.ops import gluon_support
 from mambalm.ops.backends import Call
+from mambalm.ops.gluon_support import gl
 from mambalm.ops.ssd import _gluon_kernels, _launch
 from mambalm.ops.ssd import triton as plain
-from mambalm.ops.ssd._gluon_compat import gl
 from mambalm.ops.ssd._launch import Problem, checkpoint_shape, skip_strides
 from mambalm.ops.ssd.arguments import Arguments
 from mambalm.ops.ssd.triton import Decays, Pass, States, backward
@@ -22,13 +22,8 @@ _CHANNELS, _STATES, _CHUNK, _STAGES, _SHORT = 64, 128, 64, 3, 64
 
 def supports(call: Call) -> str | None:
     """None, or why the call cannot run here."""
-    if triton.knobs.runtime.interpret:
-        return "Gluon does not run in Triton's interpreter"
-    if torch.version.hip is not None or call.device.type != "cuda" or not torch.cuda.is_available():
-        return "it needs an NVIDIA GPU"
-    if torch.cuda.get_device_capability(call.device) != (9, 0):
-        return "it needs an NVIDIA GPU of compute capability 9.0"
-    return _launch.unsupported(call)
+    reason = gluon_support.unsupported(call, lambda capability: capability == (9, 0), "9.0")
+    return reason or _launch.unsupported(call)
 
 
 def forward(*arguments, final: bool, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
