@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from transformers import AutoTokenizer, MambaConfig
 
@@ -47,3 +50,46 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     MambaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no tokenizer's vocabulary; put its tokenizer\.json there"):
         load_tokenizer(str(tmp_path))
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def no_network(host: str, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    begin = time.monotonic()
+    for name in ("mambalm-tests/none", "mambalm-none"):
+        with pytest.raises(ValueError, match=rf"{name} is no folder here.*\(Got: .*offline, pass the path"):
+            load_tokenizer(name)
+    asks = len(asked)
+    assert time.monotonic() - begin < 10, "nothing is tried again and again"
+    for name in ("/nowhere/tokenizer", "a name", ""):
+        with pytest.raises(ValueError, match="does not exist: name a tokenizer's folder"):
+            load_tokenizer(name)
+    assert len(asked) == asks, "what is no repository's name is not asked for"
+
+
+def test_what_the_hub_gives_and_what_its_cache_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--mambalm-tests--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    folder = repository / "snapshots" / ("0" * 40)
+    made = train_tokenizer(TEXTS, 300)
+    made.save_pretrained(folder)
+    assert load_tokenizer("mambalm-tests/tiny").get_vocab() == made.get_vocab()
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"mambalm-tests/tiny has no tokenizer .*none of its files is there"):
+        load_tokenizer("mambalm-tests/tiny")
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    train_tokenizer(TEXTS, 300).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is a file: name the folder"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))

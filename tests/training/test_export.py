@@ -14,7 +14,7 @@ from mambalm.training.recipe_files import dump
 from tests.training.runs import finish, recipe, trainer, write_data
 
 
-def test_any_checkpoint_of_a_run(tmp_path: Path) -> None:
+def test_any_checkpoint_of_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_data(tmp_path)
     made = recipe(tmp_path, {"checkpoints": {"every": 2, "keep_last": 2}})
     run = tmp_path / "run"
@@ -33,6 +33,7 @@ def test_any_checkpoint_of_a_run(tmp_path: Path) -> None:
     training.checkpoints.wait()
     assert export_checkpoint(run, tmp_path / "latest") == 4
     assert export_checkpoint(run, tmp_path / "half", step=2, dtype=torch.bfloat16) == 2
+    assert capfd.readouterr().err == "", "transformers' bar is not among ours"
     model = mambalm.load(tmp_path / "latest")
     assert all(torch.equal(value, weights[4][name]) for name, value in model.state_dict().items())
     stock = MambaForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")

@@ -165,9 +165,12 @@ def test_a_fork_decays_from_another_runs_checkpoint(data: Path, tmp_path: Path) 
     assert report.values["learning_rate"] < 1e-2
 
 
-def test_another_recipe_in_the_folder_is_refused(data: Path, tmp_path: Path) -> None:
+def test_another_recipe_in_the_folder_is_refused(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     console = Console(quiet=True)
     assert not run(recipe(data), tmp_path / "run", Ranks(), console)
+    assert capfd.readouterr().err == "", "transformers' bar is not among ours"
     with pytest.raises(ValueError, match=r"its schedule.peak is 0.01, here it is 0.02.*--restart"):
         run(recipe(data, {"schedule": {"kind": "wsd", "peak": 2e-2, "warmup": 100, "decay": 400}}), tmp_path / "run",
             Ranks(), console)  # fmt: skip
@@ -178,7 +181,7 @@ def test_another_recipe_in_the_folder_is_refused(data: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer": "{folder}/none"}, "has no tokenizer"),
+        ({"tokenizer": "{folder}/none"}, "does not exist: name a tokenizer's folder"),
         ({"data": {"sources": [{"path": "{folder}/none"}]}, "tokenizer": "{folder}/none"}, "none does not exist: make"),
     ],
 )
@@ -238,7 +241,7 @@ def test_wrong_vocabulary_and_missing_files_are_named(data: Path, tmp_path: Path
         trainer(recipe(data, {"model": values["model"]}), tmp_path)
     with pytest.raises(ValueError, match="mambalm tokenize"):
         trainer(recipe(data, {"data": {"sources": [{"path": str(tmp_path / "none")}]}}), tmp_path)
-    with pytest.raises(ValueError, match="has no tokenizer that transformers can load"):
+    with pytest.raises(ValueError, match="does not exist: name a tokenizer's folder"):
         trainer(recipe(data, {"tokenizer": str(tmp_path / "none")}), tmp_path)
 
 

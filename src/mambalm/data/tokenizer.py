@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,27 +74,62 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(repr((words, list(probe))).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+# What transformers reads a tokenizer from.
+_FILES = ("tokenizer*", "vocab.*", "*merges.txt", "*.model", "*.tiktoken", "tekken.json")
+# What else it looks at: which class it is, other special tokens, the chat's templates.
+_BESIDE = ("config.json", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
 def load_tokenizer(path_or_hub_id: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or a repository.
 
+    The Hub is asked once; where it does not answer, what its cache holds is taken.
+
     Raises:
-        ValueError: transformers can load none from there.
+        ValueError: there is no such folder or repository, or transformers can load no tokenizer from there.
     """
     # Seconds, which --help and a mistyped option need not wait for.
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+    place = Path(path_or_hub_id).expanduser()
+    if place.is_file():
+        raise ValueError(f"{path_or_hub_id} is a file: name the folder that holds the tokenizer's files")
+    where, refusal = (place, None) if path_or_hub_id and place.exists() else _fetched(path_or_hub_id)
+    remedy = "put its tokenizer.json there, or name another with --tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id)
+        # Without local_files_only transformers asks the Hub for file after file, and where there is none tries each for
+        # half a minute.
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path_or_hub_id} has no tokenizer that transformers can load ({str(error).splitlines()[0]}); "
-            "put its tokenizer.json there, or name another with --tokenizer"
-        ) from error
+        if refusal is not None:
+            raise ValueError(refusal) from error
+        there = any(path for pattern in _FILES for path in Path(where).glob(pattern))
+        reason = " ".join(str(error).split()) if there else "none of its files is there"
+        raise ValueError(f"{path_or_hub_id} has no tokenizer that transformers can load ({reason}); {remedy}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     # Where a folder has a model's configuration alone, transformers makes its tokenizer without any words.
     if len(tokenizer) == len(tokenizer.get_added_vocab()):
-        raise ValueError(
-            f"{path_or_hub_id} has no tokenizer's vocabulary; put its tokenizer.json there, or name another with "
-            "--tokenizer"
-        )
+        raise ValueError(f"{path_or_hub_id} has no tokenizer's vocabulary; {remedy}")
     return tokenizer
+
+
+def _fetched(name: str) -> tuple[Path | str, str | None]:
+    """A repository's folder, with a tokenizer's files from the Hub; or its name and why the Hub gave none.
+
+    Raises:
+        ValueError: it is no repository's name.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if not _HUB_ID.fullmatch(name):
+        raise ValueError(f"{name!r} does not exist: name a tokenizer's folder or a Hugging Face repository (owner/name)")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*_FILES, *_BESIDE])), None
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        return name, (
+            f"{name} is no folder here, and its tokenizer could not be had from the Hugging Face Hub nor from its cache "
+            f"({str(error).strip().splitlines()[0]}): check the name, log in if it is private, or, offline, pass the "
+            "path of a folder that you downloaded"
+        )

@@ -1,4 +1,4 @@
-"""What optional libraries log of themselves when transformers imports them."""
+"""What transformers, and optional libraries that it imports, print beside what was asked for."""
 
 from __future__ import annotations
 
@@ -26,3 +26,17 @@ def quietly() -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers' bars for reading and writing weights out of ours, within."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

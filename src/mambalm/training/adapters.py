@@ -16,6 +16,7 @@ from mambalm.models.common import MambalmForCausalLM
 from mambalm.models.formats import CheckpointError, detect
 from mambalm.models.formats.io import written_whole
 from mambalm.models.loading import FAMILIES, load, locate
+from mambalm.models.quiet import without_bars
 from mambalm.models.writing import share
 
 if TYPE_CHECKING:
@@ -165,9 +166,10 @@ def load_four_bits(
     family = FAMILIES[type(format.read(source).config)]
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
     device = torch.device(device)
-    model = family.from_pretrained(
-        source.folder, quantization_config=how, dtype=dtype or "auto", device_map={"": device}
-    )
+    with without_bars():
+        model = family.from_pretrained(
+            source.folder, quantization_config=how, dtype=dtype or "auto", device_map={"": device}
+        )
     for name, module in model.named_modules():
         if device.type != "cpu" or not isinstance(module, bitsandbytes.nn.Linear4bit):
             continue

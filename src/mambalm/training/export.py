@@ -10,6 +10,7 @@ from torch import nn
 
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.models.formats import written_whole
+from mambalm.models.quiet import without_bars
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.model import build_model
 from mambalm.training.session import Folder
@@ -59,6 +60,7 @@ def export_checkpoint(
     nn.Module.to(model, dtype).eval()
     model.config.dtype = dtype
     with written_whole(destination, overwrite=overwrite) as partial:
-        model.save_pretrained(partial)
+        with without_bars():
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return step

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mambalm.models.formats.io import flush
+from mambalm.models.quiet import without_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     incomplete = folder.with_name(f".{folder.name}.incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)
     try:
-        with _no_progress_bar():
+        with without_bars():
             model.save_pretrained(incomplete)
         tokenizer.save_pretrained(incomplete)
         for file in incomplete.iterdir():
@@ -58,17 +59,3 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         incomplete.rmdir()
     except OSError as error:
         raise OSError(f"cannot write the checkpoint {folder}: {error}; an older one there is intact") from error
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers' bar for writing weights out of ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

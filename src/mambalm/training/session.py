@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mambalm.data.token_files import Metadata
 from mambalm.data.tokenizer import load_tokenizer
+from mambalm.models.quiet import without_bars
 from mambalm.training.adapters import Adapter, put_on
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.curve import plot_run
@@ -334,9 +335,9 @@ def export(trainer: Trainer, folder: Folder, shard_size: str = "5GB") -> None:
     shutil.rmtree(incomplete, ignore_errors=True)
     try:
         trainer.network.config.dtype = dtype
-        trainer.network.save_pretrained(
-            incomplete, state_dict={name: t.to(dtype) for name, t in tensors.items()}, max_shard_size=shard_size
-        )
+        state = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        with without_bars():
+            trainer.network.save_pretrained(incomplete, state_dict=state, max_shard_size=shard_size)
         trainer.tokenizer.save_pretrained(incomplete)
         shutil.rmtree(folder.model, ignore_errors=True)
         incomplete.rename(folder.model)
