@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from benchmarks.__main__ import run, wrong_tensors
 from benchmarks.cases import CPU_CASES, GPU_CASES, Case
 from benchmarks.peers import beside, draw
+from benchmarks.timing import device_ms
 from mambalm.ops.backends import OPS
 
 CPU = torch.device("cpu")
@@ -49,3 +52,47 @@ def test_time_against_length_is_drawn_from_results(tmp_path: Path) -> None:
     results = {"device": "one", "rows": [row, peerless], "lengths": [{"l": 32, "forward_ms": 1.0, "backward_ms": 2.0}]}
     draw(results, tmp_path / "time.png", "a scan", lambda row: row["d"] == 8)
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Stream:
+    """A device that works behind a host, in milliseconds: stands for torch.cuda where there is none."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def launch(self, host: float, device: float) -> None:
+        self.host += host
+        self.device = max(self.device, self.host) + device
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.device)
+
+    def event(self, enable_timing: bool) -> SimpleNamespace:
+        event = SimpleNamespace(at=0.0)
+        event.record = lambda: setattr(event, "at", max(self.device, self.host))
+        event.query = lambda: event.at <= self.host
+        event.synchronize = self.wait
+        event.elapsed_time = lambda end: end.at - event.at
+        return event
+
+
+@pytest.mark.parametrize("host", [0.01, 0.6, 20.0])
+@pytest.mark.parametrize("waits", [False, True])
+def test_device_time_has_no_host_time_in_it(host: float, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, empty = Stream(), torch.empty
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: stream.launch(0.0, cycles / 2e6))
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(0, dtype=dtype))
+
+    def backward() -> None:
+        for _ in range(5):
+            stream.launch(host, 0.05)
+            if waits:
+                stream.wait()
+
+    if waits:
+        with pytest.warns(UserWarning, match="the device waited for the host"):
+            device_ms(backward)
+    else:
+        with warnings.catch_warnings(action="error"):
+            assert device_ms(backward) == pytest.approx(0.25)

@@ -113,3 +113,9 @@ def lively(family: str, **changes: Any) -> MambalmForCausalLM:
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
     """Random token ids."""
     return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model: Any, ids: torch.Tensor, count: int = 6, **arguments: Any) -> torch.Tensor:
+    """The generated tokens only."""
+    arguments.setdefault("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, max_new_tokens=count, do_sample=False, **arguments)[:, ids.shape[1] :]

@@ -165,9 +165,7 @@ def test_a_fork_decays_from_another_runs_checkpoint(data: Path, tmp_path: Path) 
     assert report.values["learning_rate"] < 1e-2
 
 
-def test_another_recipe_in_the_folder_is_refused(
-    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_another_recipe_in_the_folder_is_refused(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     console = Console(quiet=True)
     assert not run(recipe(data), tmp_path / "run", Ranks(), console)
     assert capfd.readouterr().err == "", "transformers' bar is not among ours"

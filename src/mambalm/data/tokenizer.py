@@ -77,7 +77,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 # What transformers reads a tokenizer from.
 _FILES = ("tokenizer*", "vocab.*", "*merges.txt", "*.model", "*.tiktoken", "tekken.json")
 # What else it looks at: which class it is, other special tokens, the chat's templates.
-_BESIDE = ("config.json", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*")
+_BESIDE = ("config.json", "*special_tokens_map.json", "added_tokens.json", "chat_template*", "*chat_templates/*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -106,7 +106,8 @@ def load_tokenizer(path_or_hub_id: str) -> PreTrainedTokenizerBase:
             raise ValueError(refusal) from error
         there = any(path for pattern in _FILES for path in Path(where).glob(pattern))
         reason = " ".join(str(error).split()) if there else "none of its files is there"
-        raise ValueError(f"{path_or_hub_id} has no tokenizer that transformers can load ({reason}); {remedy}") from error
+        what = f"{path_or_hub_id} has no tokenizer that transformers can load ({reason})"
+        raise ValueError(f"{what}; {remedy}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     # Where a folder has a model's configuration alone, transformers makes its tokenizer without any words.
     if len(tokenizer) == len(tokenizer.get_added_vocab()):
@@ -124,12 +125,12 @@ def _fetched(name: str) -> tuple[Path | str, str | None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if not _HUB_ID.fullmatch(name):
-        raise ValueError(f"{name!r} does not exist: name a tokenizer's folder or a Hugging Face repository (owner/name)")
+        raise ValueError(f"{name!r} does not exist: name a tokenizer's folder or a repository of the Hub (owner/name)")
     try:
         return Path(snapshot_download(name, allow_patterns=[*_FILES, *_BESIDE])), None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         return name, (
-            f"{name} is no folder here, and its tokenizer could not be had from the Hugging Face Hub nor from its cache "
-            f"({str(error).strip().splitlines()[0]}): check the name, log in if it is private, or, offline, pass the "
-            "path of a folder that you downloaded"
+            f"{name} is no folder here, and its tokenizer could not be had from the Hugging Face Hub nor from its "
+            f"cache ({str(error).strip().splitlines()[0]}): check the name, log in if it is private, or, offline, pass "
+            "the path of a folder that you downloaded"
         )
