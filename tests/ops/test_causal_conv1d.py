@@ -275,6 +275,7 @@ def test_shapes_without_data(offsets: list[int] | None) -> None:
         ({"initial_state": torch.zeros(2, 4, 4)}, r"initial_state must have shape \(b, d, k-1\) = \(2, 4, 3\)"),
         ({"bias": torch.zeros(4, device="meta")}, "bias is on meta, x on cpu"),
         ({"cu_seqlens": cu_seqlens([0, 8])}, "batch axis must be 1"),
+        ({"cu_seqlens": cu_seqlens([0, 8], "meta")}, "cu_seqlens is on meta, what it packs on cpu"),
         ({"activation": "relu"}, "activation must be None, 'silu' or 'swish', got 'relu'"),
     ],
 )

@@ -216,6 +216,7 @@ def test_inputs_are_left_alone_and_outputs_are_fresh() -> None:
         ({"z": torch.zeros(2, 8, 4, 3, device="meta")}, "z is on meta, x on cpu"),
         ({"initial_state": torch.zeros(1, 4, 3, 5)}, r"initial_state must have shape \(b, h, p, n\) = \(2, 4, 3, 5\)"),
         ({"cu_seqlens": cu_seqlens([0, 8])}, "batch axis must be 1"),
+        ({"cu_seqlens": cu_seqlens([0, 8], "meta")}, "cu_seqlens is on meta, what it packs on cpu"),
         ({"dt_limit": (0.5, 0.1)}, r"dt_limit must be \(smallest, largest\).*got \(0.5, 0.1\)"),
         ({"chunk_size": 0}, "chunk_size must be positive or None, got 0"),
     ],

@@ -34,8 +34,8 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be real floating point, got {tensor.dtype}")
 
 
-def offsets(op: str, cu_seqlens: Tensor | None, batch: int, length: int) -> None:
-    """Check packed offsets: int32, on a batch axis of 1, from 0 to ``length`` without going back.
+def offsets(op: str, cu_seqlens: Tensor | None, x: Tensor) -> None:
+    """Check packed offsets: int32, beside x (1, l, ...) on its device, from 0 to l without going back.
 
     The values are read only on a CPU and outside of compilation: on a GPU that would wait for the device.
     """
@@ -48,6 +48,9 @@ def offsets(op: str, cu_seqlens: Tensor | None, batch: int, length: int) -> None
             f"{op}: cu_seqlens must be int32 offsets of shape (s + 1), "
             f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, what it packs on {x.device}; move one of them")
+    batch, length = x.shape[:2]
     if batch != 1:
         raise ValueError(f"{op}: with cu_seqlens the batch axis must be 1 (one packed row), got {batch}")
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor:

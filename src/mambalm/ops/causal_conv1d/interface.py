@@ -68,7 +68,7 @@ def _check(
 ) -> None:
     checks.dims(_OP, "x", x, 3, "b, l, d")
     checks.dims(_OP, "weight", weight, 2, "d, k")
-    b, l, d = x.shape
+    b, _, d = x.shape
     k = weight.shape[1]
     if k == 0:
         raise ValueError(f"{_OP}: weight must have at least one tap, got shape {tuple(weight.shape)}")
@@ -76,7 +76,7 @@ def _check(
         raise ValueError(f"{_OP}: activation must be None, 'silu' or 'swish', got {activation!r}")
     checks.shape(_OP, "weight", weight, (d, k), "d, k")
     checks.shape(_OP, "bias", bias, (d,), "d")
-    checks.offsets(_OP, cu_seqlens, b, l)
+    checks.offsets(_OP, cu_seqlens, x)
     rows, letter = (b, "b") if cu_seqlens is None else (cu_seqlens.shape[0] - 1, "s")
     checks.shape(_OP, "initial_state", initial_state, (rows, d, k - 1), f"{letter}, d, k-1")
     checks.same_device(_OP, x=x, weight=weight, bias=bias, initial_state=initial_state)

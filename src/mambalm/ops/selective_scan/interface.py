@@ -98,7 +98,7 @@ def _check(
     checks.shape(_OP, "D", D, (d,), "d")
     checks.shape(_OP, "z", z, (b, l, d), "b, l, d")
     checks.shape(_OP, "delta_bias", delta_bias, (d,), "d")
-    checks.offsets(_OP, cu_seqlens, b, l)
+    checks.offsets(_OP, cu_seqlens, u)
     rows, letter = (b, "b") if cu_seqlens is None else (cu_seqlens.shape[0] - 1, "s")
     checks.shape(_OP, "initial_state", initial_state, (rows, d, n), f"{letter}, d, n")
     checks.same_device(

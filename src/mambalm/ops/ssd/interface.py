@@ -107,7 +107,7 @@ def _check(
         raise ValueError(f"{_OP}: D must have shape (h) = {(h,)} or (h, p) = {(h, p)}, got {tuple(D.shape)}")
     checks.shape(_OP, "z", z, (b, l, h, p), "b, l, h, p")
     checks.shape(_OP, "dt_bias", dt_bias, (h,), "h")
-    checks.offsets(_OP, cu_seqlens, b, l)
+    checks.offsets(_OP, cu_seqlens, x)
     rows, letter = (b, "b") if cu_seqlens is None else (cu_seqlens.shape[0] - 1, "s")
     checks.shape(_OP, "initial_state", initial_state, (rows, h, p, n), f"{letter}, h, p, n")
     checks.same_device(_OP, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
