@@ -268,6 +268,17 @@ def test_inputs_are_left_alone_and_outputs_are_fresh(backend: str) -> None:
         assert all(torch.equal(args[k], before[k]) for k in args)
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_the_state_after_nothing_is_a_copy(backend: str) -> None:
+    # Of one state the layouts are the same memory.
+    args = arguments(2, 0, 4, 1, dtype=torch.float32)
+    before = args["initial_state"].clone()
+    _, final_state = scan(backend)(**args)
+    assert torch.equal(final_state, before)
+    final_state.zero_()
+    assert torch.equal(args["initial_state"], before)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -278,6 +289,7 @@ def test_inputs_are_left_alone_and_outputs_are_fresh(backend: str) -> None:
         ({"initial_state": torch.zeros(1, 4, 4)}, r"initial_state must have shape \(b, d, n\) = \(2, 4, 4\)"),
         ({"z": torch.zeros(2, 8, 4, device="meta")}, "z is on meta, u on cpu"),
         ({"cu_seqlens": cu_seqlens([0, 8])}, "batch axis must be 1"),
+        ({"cu_seqlens": cu_seqlens([0, 8], "meta")}, "cu_seqlens is on meta, what it packs on cpu"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Tensor], message: str) -> None:

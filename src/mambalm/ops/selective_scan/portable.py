@@ -160,9 +160,9 @@ def _ungrouped(t: Tensor) -> Tensor:
 
 
 def _first_state(scan: _Scan) -> Tensor:
-    """The state that enters the first segment: with packing every document brings its own."""
+    """The state that enters the first segment, a copy: with packing every document brings its own."""
     if scan.initial is not None and scan.given.cu_seqlens is None:
-        return scan.initial
+        return scan.initial.clone()
     return scan.A.new_zeros(scan.given.u.shape[0], *scan.A.shape)
 
 
