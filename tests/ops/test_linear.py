@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -74,6 +76,24 @@ def test_each_way_is_measured_once() -> None:
     assert all(ms > 0 for ms in times.values())
     assert module.measured(torch.bfloat16) is times
     assert module.chosen(torch.float64) == ""
+
+
+def test_two_callers_that_measure_at_once_leave_the_threads(two_threads: None) -> None:
+    together = threading.Barrier(2)
+
+    def first_product() -> None:
+        together.wait()
+        module.measured.__wrapped__(torch.float32)
+
+    def threads_of_the_next_one() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            for future in [pool.submit(first_product) for _ in range(2)]:
+                future.result()
+        assert threads_of_the_next_one() == torch.get_num_threads() == 2
 
 
 def test_what_is_torch_s_stays_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:

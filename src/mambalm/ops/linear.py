@@ -10,6 +10,7 @@ one thread multiplies, since several wait for each other on cores that others us
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -86,20 +87,29 @@ def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @functools.cache
 def measured(dtype: torch.dtype) -> dict[str, float]:
     """Milliseconds of one thread for a small product by each way, the best of a few in turn; empty without a choice."""
+    with _measuring:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return _measure(dtype)
+        finally:
+            torch.set_num_threads(threads)
+
+
+# The number of threads is the process's: a second caller would take the one thread of the first for it, for good.
+_measuring = threading.RLock()
+
+
+def _measure(dtype: torch.dtype) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, _INPUTS, generator=generator).to(dtype) for n in (_ROWS, _OUTPUTS))
     times: dict[str, list[float]] = {name: [] for name in _ways(dtype)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(1 + _ROUNDS):
-            for name, way in _ways(dtype).items():
-                start = time.perf_counter()
-                with torch.no_grad():
-                    way(x, weight, None)
-                times[name].append(1000 * (time.perf_counter() - start))
-    finally:
-        torch.set_num_threads(threads)
+    for _ in range(1 + _ROUNDS):
+        for name, way in _ways(dtype).items():
+            start = time.perf_counter()
+            with torch.no_grad():
+                way(x, weight, None)
+            times[name].append(1000 * (time.perf_counter() - start))
     return {name: min(found[1:]) for name, found in times.items()}
 
 
