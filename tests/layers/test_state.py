@@ -65,6 +65,7 @@ def test_detach_and_clone() -> None:
     [
         (1, [1]),
         (-1, [2]),
+        (torch.tensor(1), [1]),
         (slice(1, None), [1, 2]),
         ([2, 0, 0], [2, 0, 0]),
         (torch.tensor([1, 1]), [1, 1]),

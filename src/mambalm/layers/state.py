@@ -70,6 +70,7 @@ class _Batched:
         if not isinstance(rows, slice):
             rows = torch.as_tensor(rows, device=self._first().device)
             rows = rows if rows.dtype == torch.bool else rows.long()
+            rows = rows if rows.ndim else rows[None]
         return self._map(lambda tensor, _: tensor[rows])
 
     __getitem__ = index
