@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from mambalm.diagnostics.tiny import VOCABULARY, tiny_models
-from mambalm.generation import Sampling, Settings
+from mambalm.generation import Sampling, Settings, state_file
 from mambalm.generation.cpu_step import CPUStep
 from mambalm.generation.fingerprint import Fingerprint
 from mambalm.generation.session import Ladder, Session
@@ -280,6 +280,23 @@ def test_a_damaged_file_is_refused(saved: Path, mamba: MambalmForCausalLM) -> No
     saved.write_bytes(data)
     with pytest.raises(StateFileError, match="its checksum does not fit"):
         Session(mamba).load(saved)
+
+
+def test_a_bit_that_flipped_anywhere_in_the_header_is_seen(saved: Path, mamba: MambalmForCausalLM) -> None:
+    session, whole = Session(mamba), bytearray(saved.read_bytes())
+    before = state_file.load(saved, mamba, session.fingerprint)
+    end = 8 + int.from_bytes(whole[:8], "little")
+    for at in {*range(8, end, 11), *range(8, 120)}:
+        whole[at] ^= 1 << at % 7
+        saved.write_bytes(whole)
+        whole[at] ^= 1 << at % 7
+        try:
+            after = state_file.load(saved, mamba, session.fingerprint)
+        except StateFileError:
+            continue
+        # White space, and what is there for older readers.
+        assert (after[0].digest, after[1]) == (before[0].digest, before[1])
+        assert torch.equal(after[0].counts, before[0].counts)
 
 
 def test_a_foreign_file_is_refused(saved: Path, mamba: MambalmForCausalLM) -> None:

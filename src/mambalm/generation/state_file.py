@@ -50,13 +50,16 @@ def save(path: Path, snapshot: Snapshot, fingerprint: Fingerprint, notes: Mappin
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in named.items()
     }
-    content = {
-        "fingerprint": fingerprint.to_json(),
-        "digest": snapshot.digest.hex(),
-        "notes": dict(notes or {}),
-        "crc32": _checksum(tensors),
-    }
-    metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(content)}
+    content = json.dumps(
+        {
+            "fingerprint": fingerprint.to_json(),
+            "digest": snapshot.digest.hex(),
+            "notes": dict(notes or {}),
+            "tensors": _described(tensors),
+            "crc32": _checksum(tensors),
+        }
+    )
+    metadata = {"format": FORMAT, "version": str(VERSION), "content": content, "crc32": str(_crc32(content))}
     temporary = _temporary(path)
     try:
         save_tensors(temporary, tensors, metadata)
@@ -121,13 +124,20 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StateFileError(
             f"{path} is a safetensors file but no state file: write one with `mambalm read` or Session.save"
         )
-    version = int(metadata["version"])
-    if version > VERSION:
+    version = metadata.get("version", "")
+    if version.isdecimal() and int(version) > VERSION:
         raise StateFileError(
             f"{path} is a state file of version {version}, and this mambalm knows up to {VERSION}: update mambalm"
         )
-    content = json.loads(metadata["content"])
-    if _checksum(tensors) != content["crc32"]:
+    text = metadata.get("content", "")
+    checksum, described = str(_crc32(text)), _described(tensors)
+    try:
+        content = json.loads(text)
+        # Files of earlier days tell neither the checksum of the content nor dtypes and shapes.
+        expected = metadata.get("crc32", checksum), content.get("tensors", described), content["crc32"]
+    except (AttributeError, KeyError, ValueError):
+        expected = None
+    if not version.isdecimal() or expected != (checksum, described, _checksum(tensors)):
         raise StateFileError(f"{path} is damaged, its checksum does not fit: copy it again, or read the text again")
     return content, tensors
 
@@ -135,6 +145,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _named(state: Any) -> list[tuple[str, Tensor | None]]:
     """The tensors of a state by where they are in it, such as layers[0].conv; None for those that a layer has not."""
     return [(pytree.keystr(path).removeprefix("."), leaf) for path, leaf in pytree.tree_flatten_with_path(state)[0]]
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """The dtype and shape of each, as JSON has them."""
+    return {name: [str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)}
+
+
+def _crc32(text: str) -> int:
+    return zlib.crc32(text.encode())
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
