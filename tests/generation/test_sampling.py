@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from mambalm.generation import sampling
 from mambalm.generation.sampling import (
     Chooser,
     Sampling,
@@ -140,6 +141,14 @@ def test_race_times_are_exponential_and_independent_of_the_vocabulary() -> None:
     assert abs(torch.corrcoef(torch.stack([times[1:], times[:-1]]))[0, 1]) < 0.01
     assert torch.equal(times[:100], race_times(keys([3]), torch.tensor([2]), 100)[0])
     assert (times > 0).all()
+
+
+def test_a_token_that_is_alone_is_drawn_by_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[0.0, 5.0, 1.0]])
+    for bits in (0, -1):  # the least and the largest number
+        monkeypatch.setattr(sampling, "_mixed", lambda x, bits=bits: torch.full_like(x, bits))
+        assert race_times(keys([3]), torch.tensor([0]), 3).isfinite().all()
+        assert chooser(logits, Sampling(temperature=1.0, top_k=1))(logits).tokens.tolist() == [1]
 
 
 def test_keys_are_those_of_splitmix64() -> None:

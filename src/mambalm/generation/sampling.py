@@ -103,7 +103,8 @@ def race_times(keys: Tensor, steps: Tensor, vocabulary: int) -> Tensor:
     """
     index = (steps[:, None] << 32) + torch.arange(vocabulary, device=keys.device)
     bits = _mixed(keys[:, None] + index * _signed(_GAMMA))
-    uniform = ((bits >> 32) & _MASK32).float().add(0.5) * 2.0**-32
+    # Below 1: the largest of the numbers are rounded up to 2^32, and an infinite time would lose a token that is alone.
+    uniform = ((bits >> 32) & _MASK32).float().add(0.5) * (2.0**-32 * (1 - 2.0**-24))
     return -torch.log1p(-uniform)
 
 
