@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
+from mambalm.models.common import MambalmForCausalLM
+from mambalm.quantization.linear import QuantizedLinear
 from tests.helpers import FLOAT32, assert_close, relative_error
 from tests.models.tiny import STOCK, Family, tokens
 
@@ -55,6 +58,29 @@ def test_logits_and_every_gradient(family: Family) -> None:
 @pytest.mark.parametrize(("name", "changes"), VARIANTS)
 def test_options_of_the_config(name: str, changes: dict[str, Any]) -> None:
     compare(STOCK[name], **changes)
+
+
+def heads() -> dict[str, MambalmForCausalLM]:
+    """A head whose weight goes into the op that holds no logits, and heads that are called."""
+    models = {name: STOCK["falcon_mamba"].model() for name in ("plain", "quantised", "hooked")}
+    models["quantised"].lm_head = QuantizedLinear.of(models["quantised"].lm_head, 8)
+    models["hooked"].lm_head.register_forward_hook(lambda module, inputs, logits: 3 * torch.tanh(logits / 3))
+    return models
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("head", heads())
+def test_the_loss_is_that_of_the_logits(head: str, z_loss: float) -> None:
+    model, ids = heads()[head], tokens(2, 9)
+    output = model(ids, labels=ids, z_loss=z_loss)
+    logits = output.logits[:, :-1].flatten(0, 1).double()
+    expected = F.cross_entropy(logits, ids[:, 1:].flatten()) + z_loss * logits.logsumexp(-1).square().mean()
+    assert relative_error(output.loss, expected) <= FLOAT32
+    nothing = torch.full_like(ids, -100)
+    loss = model(ids, labels=nothing, z_loss=z_loss).loss
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 def test_the_default_backend_agrees_too() -> None:

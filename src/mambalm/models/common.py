@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mambalm.layers import Attention, Block, GatedMLP, Mamba, Mamba2, RMSNorm
 from mambalm.layers.block import add_and_normalise
+from mambalm.layers.hooks import hooked
 from mambalm.layers.state import State
 from mambalm.models.arguments import full_precision, kept_positions, one_cache, one_of, refuse_unused
 from mambalm.models.cache import StateCache, is_recurrent, new_cache, read_cache, write_cache
@@ -320,8 +321,11 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """The loss of hidden (b, l, d), each position of which predicts its target (b, l)."""
         targets = targets.to(hidden.device)
-        options: Any = {"ignore_index": IGNORE_INDEX, "reduction": "mean" if num_items_in_batch is None else "sum"}
-        if type(self.lm_head) is nn.Linear and not hasattr(self.lm_head, "_hf_hook"):
+        if num_items_in_batch is None:
+            # Of nothing to learn the loss is 0, not NaN: a batch of padding or prompts must not destroy the weights.
+            num_items_in_batch = (targets != IGNORE_INDEX).sum().clamp(min=1)
+        options: Any = {"ignore_index": IGNORE_INDEX, "reduction": "sum"}
+        if type(self.lm_head) is nn.Linear and not hooked(self.lm_head):
             weight, bias = self.lm_head.weight, self.lm_head.bias
             loss = linear_cross_entropy(hidden, weight, targets, bias=bias, z_loss=z_loss, **options)
         else:
@@ -329,9 +333,8 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
             logits = full_precision(self.lm_head(hidden)).flatten(0, 1)
             loss = F.cross_entropy(logits, targets.flatten(), **options)
             if z_loss:
-                counted = logits[targets.flatten() != IGNORE_INDEX].logsumexp(-1).square()
-                loss = loss + z_loss * (counted.mean() if num_items_in_batch is None else counted.sum())
-        return loss if num_items_in_batch is None else loss / num_items_in_batch
+                loss = loss + z_loss * logits[targets.flatten() != IGNORE_INDEX].logsumexp(-1).square().sum()
+        return loss / num_items_in_batch
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """transformers' own, but a step behind the prompt gets no mask: its one token is real in every row."""
