@@ -3,10 +3,9 @@
 state-spaces' mamba2attn-2.7b and transformerpp-2.7b are of this kind, and OpenLM's Mamba models with LayerNorm.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -16,6 +15,8 @@ from mambalm.models.common import MambaBlock, MambalmForCausalLM, MambalmModel, 
 _RECURRENT: dict[str, type[Mamba] | type[Mamba2]] = {"Mamba1": Mamba, "Mamba2": Mamba2}
 
 
+# Of annotations that are strings, as a future import makes them, it would check none.
+@strict
 class HybridConfig(PreTrainedConfig):
     """What a hybrid is made of; the names of mamba_ssm's `MambaConfig` where transformers has none.
 
@@ -33,6 +34,7 @@ class HybridConfig(PreTrainedConfig):
         rescale_prenorm_residual: divide the initial weights that end a residual branch by the root of their number.
 
     Raises:
+        StrictDataclassError: a field of another type.
         ValueError: an unknown layer, or an attention block outside the model.
     """
 

@@ -135,6 +135,10 @@ def test_shards(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors.index.json").write_text(damaged)
         with pytest.raises(CheckpointError, match="has no weight_map of tensors to files"):
             Source(tmp_path).files("model", ".safetensors")
+    for outside in ("../x.safetensors", "/x.safetensors", "deep/x.safetensors"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": outside}}))
+        with pytest.raises(CheckpointError, match=f"names {outside}, which is no file of its folder"):
+            Source(tmp_path).files("model", ".safetensors")
     (tmp_path / "model.safetensors.index.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         Source(tmp_path).files("model", ".safetensors")
@@ -207,3 +211,14 @@ def test_an_empty_folder_may_be_written_to(tmp_path: Path) -> None:
     with written_whole(tmp_path / "b") as folder:
         (folder / "x").write_text("1")
     assert (tmp_path / "b" / "x").exists()
+
+
+def test_a_link_stays_a_link_to_what_is_written(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    for text in "12":
+        with written_whole(tmp_path / "link", overwrite=True) as folder:
+            (folder / "x").write_text(text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "large" / "x").read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "link"]

@@ -186,6 +186,10 @@ def test_special_tokens_are_kept(tmp_path: Path) -> None:
         ({"attn_layer_idx": 3}, r"attn_layer_idx 3.*list"),
         ({"attn_layer_idx": [0], "attn_cfg": ATTENTION | {"window": 4}}, "attn_cfg has window"),
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 48}}, "head_dim"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 0}}, "headdim is 0"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": "64"}}, "headdim is '64'"),
+        ({"ssm_cfg": {"layer": ["Mamba2"]}}, r"layer is \['Mamba2'\]"),
+        ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple is 0"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change: dict, message: str) -> None:

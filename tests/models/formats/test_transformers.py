@@ -110,6 +110,15 @@ def test_configurations_that_mislead_are_refused(change: dict, message: str, tmp
         mambalm.load(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"layer_norm_epsilon": "1e-5"}, {"rms_norm": "yes"}, {"attn_cfg": [1]}], ids=str)
+def test_fields_of_a_hybrid_are_checked_as_transformers_checks_its_own(change: dict, tmp_path: Path) -> None:
+    LAYOUTS["mamba2attn"].model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"not a valid HybridConfig: .*{next(iter(change))}"):
+        mambalm.load(tmp_path)
+
+
 def test_limits_that_are_none_are_refused(tmp_path: Path) -> None:
     STOCK["mamba2"]().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"time_step_limit": []}

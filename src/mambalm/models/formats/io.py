@@ -64,6 +64,10 @@ class Source:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise CheckpointError(f"{index} has no weight_map of tensors to files: download or copy it again")
+        if outside := [name for name in places.values() if Path(name).name != name]:
+            raise CheckpointError(
+                f"{index} names {outside[0]}, which is no file of its folder: download or copy it again"
+            )
         shards = [self.folder / name for name in sorted(set(places.values()))]
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise CheckpointError(f"{index} names {', '.join(missing)}, which is not there: download or copy it too")
@@ -212,7 +216,7 @@ def written_whole(destination: Path, *, overwrite: bool = False) -> Iterator[Pat
     Raises:
         CheckpointError: the destination is a file, or a folder with something in it and `overwrite` is not set.
     """
-    destination = destination.absolute()
+    destination = destination.resolve()  # a link stays one, and what it points to is replaced
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file: name a folder to write the checkpoint to")
     occupied = destination.is_dir() and any(destination.iterdir())

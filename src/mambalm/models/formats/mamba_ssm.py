@@ -158,6 +158,8 @@ def config_from(raw: Mapping[str, Any]) -> PreTrainedConfig:
     for key, value in raw.items():
         if not isinstance(value, kind := type(DEFAULTS.get(key, 0))):
             raise CheckpointError(f"mamba_ssm's configuration has {key} {value!r}: it must be of type {kind.__name__}")
+    if raw["pad_vocab_size_multiple"] < 1:
+        raise CheckpointError(f"pad_vocab_size_multiple is {raw['pad_vocab_size_multiple']}: it must be at least 1")
     options = dict(raw["ssm_cfg"])
     layer = options.pop("layer", "Mamba1")
     _require_options(layer, options)
@@ -192,7 +194,7 @@ def set_token_ids(config: PreTrainedConfig, ids: Mapping[str, Any]) -> None:
 
 
 def _require_options(layer: str, options: Mapping[str, Any]) -> None:
-    if layer not in OPTIONS:
+    if not isinstance(layer, str) or layer not in OPTIONS:
         raise CheckpointError(f"ssm_cfg's layer is {layer!r}: {' and '.join(OPTIONS)} are built")
     known = OPTIONS[layer].keys() | SPEED
     if layer == "Mamba2":
@@ -232,6 +234,8 @@ def _plain_fields(raw: Mapping[str, Any], layer: str, options: Mapping[str, Any]
     fields = {option.field: options.get(key, option.default) for key, option in OPTIONS[layer].items()}
     if layer == "Mamba1":
         return MambaConfig, fields, SPEED
+    if not isinstance(fields["head_dim"], int) or fields["head_dim"] < 1:
+        raise CheckpointError(f"ssm_cfg's headdim is {fields['head_dim']!r}: it must be a number of channels")
     fields["num_heads"] = raw["d_model"] * fields["expand"] // fields["head_dim"]
     return Mamba2Config, fields, SPEED | INITIAL
 
