@@ -132,6 +132,13 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage) -> None:
         make_run().load(path)
 
 
+def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
+    for other in ({"weight": torch.zeros(2)}, torch.zeros(2)):
+        torch.save(other, tmp_path / "run.pt")
+        with pytest.raises(ValueError, match=r"run\.pt is damaged or no saved run: restart"):
+            make_run().load(tmp_path / "run.pt")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     run = make_run()
     with torch.no_grad():

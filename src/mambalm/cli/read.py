@@ -61,7 +61,7 @@ def read(
         except KeyboardInterrupt:
             console.print("Interrupted; the same command goes on from the last checkpoint.")
             raise typer.Exit(_INTERRUPTED) from None
-    seconds, count = time.monotonic() - began, session.position - first
+    seconds, count = max(time.monotonic() - began, 1e-9), session.position - first
     console.print(
         f"{output}: {session.position:,} tokens; read {count:,} of them in {seconds:,.1f} s, {count / seconds:,.0f} "
         "tokens/s"
@@ -166,7 +166,7 @@ def _run(reading: Reading, checkpoint_seconds: float, bar: ProgressBar, size: in
         for _ in reading:
             now = time.monotonic()
             position = reading.session.position
-            speed = f"{position:,} tokens, {(position - first) / (now - began):,.0f} tokens/s"
+            speed = f"{position:,} tokens, {(position - first) / max(now - began, 1e-9):,.0f} tokens/s"
             bar.update(None if size is None else reading.offset / max(size, 1), speed)
             if now - saved >= checkpoint_seconds:
                 reading.checkpoint()

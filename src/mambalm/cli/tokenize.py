@@ -57,7 +57,12 @@ def tokenize(
         raise ValueError("no input: name files, folders or data sets of the Hub")
     reading = Reading(field or ("messages" if chat else "text"), skip_bad, config, split, lines)
     task = Tokenization(tuple(inputs), output, tokenizer, reading, chat, pattern, shard_megabytes << 20)
-    _run(task, workers or len(os.sched_getaffinity(0)), console)
+    _run(task, workers or _cores(), console)
+
+
+def _cores() -> int:
+    """The cores that this process may use, where the system tells; else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(task: Tokenization, workers: int, console: Console) -> None:

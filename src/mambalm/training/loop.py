@@ -167,7 +167,10 @@ class Run:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(kept, dict) or "identity" not in kept:
+            raise ValueError("it holds something else")
+        return kept
     except (FileNotFoundError, PermissionError):
         raise
     # What torch raises for a damaged file depends on which part of it is damaged.
