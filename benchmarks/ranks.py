@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -46,10 +47,12 @@ class Job:
     output: Path | None
 
     def launch(self, gpus: Sequence[int], module: str, *arguments: str) -> list[dict[str, Any]]:
-        """The objects that a module's main rank printed, run on these GPUs by torchrun; those so far if time is up.
+        """The objects that a module's main rank printed, run on these GPUs by torchrun.
+
+        Of one that failed or took too long those until then, the last with the reason as "failed".
 
         Raises:
-            RuntimeError: it failed, or took too long to print any; the end of what it said.
+            RuntimeError: it failed, or took too long, before it printed any; the end of what it said.
         """
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(len(gpus))]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "OMP_NUM_THREADS": "4"}
@@ -65,19 +68,17 @@ class Job:
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            if found := _objects(error.stdout):
-                return found
-            raise RuntimeError(f"more than {self.limit:.0f} s: {_end(error.stdout)}") from error
-        if done.returncode:
-            raise RuntimeError(_end(done.stdout))
-        return _objects(done.stdout)
+            return _partly(error.stdout, f"more than {self.limit:.0f} s: {_end(error.stdout)}")
+        return _partly(done.stdout, _end(done.stdout)) if done.returncode else _objects(done.stdout)
 
     def scale(self, gpus: Sequence[int], *more: str) -> dict[str, Any]:
         """The speed on these GPUs."""
         where = ("--device", self.device, "--folder", str(self.folder))
         lines = self.launch(gpus, "benchmarks.scaling", *where, *self.scaling, *more)
-        # Of one that was stopped, the speed and the checkpoints so far.
-        return lines[-1] if "step_ms" in lines[-1] else lines[0] | {"checkpoints": lines[1:]}
+        if "failed" not in lines[-1]:
+            return lines[-1]
+        # The speed and the checkpoints so far.
+        return lines[0] | {"failed": lines[-1].pop("failed"), "checkpoints": lines[1:]}
 
     def train(self, gpus: Sequence[int], name: str, **job: Any) -> dict[str, Any]:
         """A small run on these GPUs, gone on with from its last checkpoint."""
@@ -91,7 +92,15 @@ def _text(output: str | bytes | None) -> str:
 
 
 def _end(output: str | bytes | None) -> str:
-    return _text(output)[-1500:]
+    """The end of what the ranks said, before what torchrun says of it."""
+    return re.split(r"^.*failed \(exitcode", _text(output), maxsplit=1, flags=re.MULTILINE)[0][-1500:]
+
+
+def _partly(output: str | bytes | None, reason: str) -> list[dict[str, Any]]:
+    if not (found := _objects(output)):
+        raise RuntimeError(reason)
+    found[-1]["failed"] = reason
+    return found
 
 
 def _objects(output: str | bytes | None) -> list[dict[str, Any]]:
@@ -106,6 +115,8 @@ def measure(job: Job, gpus: int) -> dict[str, Any]:
     def part(name: str, work: Any) -> None:
         try:
             found[name] = work()
+            if reason := found[name].pop("failed", None):
+                found["failed"][name] = reason
         except RuntimeError as error:
             found["failed"][name] = str(error)
         found["seconds"][name] = round(time.perf_counter() - begin, 1)
