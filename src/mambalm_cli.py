@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "Talk with a model; conversations can be undone, saved and loaded.",
     "convert": "Rewrite a checkpoint in another format, without loss.",
     "doctor": "Print versions, devices and which backend each op would run on.",
+    "evaluate": "Score a model on tasks of the lm-evaluation-harness.",
     "export": "Write a training run's checkpoint as a model in transformers' format.",
     "generate": "Continue a prompt.",
     "quickstart": "Train a small Mamba on this Python's standard library, then let it write.",
@@ -56,7 +57,7 @@ def options(
 def _message(error: Exception) -> str:
     """What went wrong, and for a package of an extra that is not installed how to get it."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        package = error.name.partition(".")[0]
+        package = error.name.partition(".")[0].replace("_", "-")
         for line in requires("mambalm") or []:
             found = re.fullmatch(rf"{re.escape(package)}\b.*; extra == [\"'](\w+)[\"']", line, re.IGNORECASE)
             if found:

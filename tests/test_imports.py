@@ -33,9 +33,11 @@ for name in {HIDDEN!r}:
 import importlib, pkgutil
 import mambalm
 for module in pkgutil.walk_packages(mambalm.__path__, "mambalm."):
-    # The Triton backends are imported when chosen, and refused with the reason without Triton; a recipe is pydantic's.
+    # The Triton backends are imported when chosen, and refused with the reason without Triton; a recipe is pydantic's,
+    # and the harness's model the harness's.
     left_out = ("triton", "gluon", "_launch", "__main__")
-    if module.name != "mambalm.training.recipe" and not any(w in module.name.rpartition(".")[2] for w in left_out):
+    others = ("mambalm.training.recipe", "mambalm.evaluation.harness")
+    if module.name not in others and not any(word in module.name.rpartition(".")[2] for word in left_out):
         importlib.import_module(module.name)
         print(module.name)
 """

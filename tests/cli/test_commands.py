@@ -192,6 +192,7 @@ def test_generate_tells_an_error_in_one_line(
     [
         ("datatrove.pipeline", "datatrove is not installed: pip install 'mambalm[train]'"),
         ("torchao", "torchao is not installed: pip install 'mambalm[quant]'"),
+        ("lm_eval", "lm-eval is not installed: pip install 'mambalm[eval]'"),
         ("nowhere", "No module named 'nowhere'"),
     ],
 )
