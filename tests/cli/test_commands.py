@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import mambalm
 import mambalm_cli
 from mambalm.diagnostics.verify import Check
+from mambalm.models import attach_adapter, load_adapter
+from mambalm.quantization.model import quantize_model
 
 
 def call(*arguments: str | Path, stdin: str | None = None) -> Result:
@@ -66,6 +70,45 @@ def test_generate_with_quantised_weights(
     quantised = load(tiny_checkpoint, quantization=quantization)
     expected = expected_text(quantised, tiny_tokenizer, "def sort(", 9)
     assert found.stdout.rstrip("\n") == expected.rstrip("\ufffd").rstrip("\n")
+
+
+@pytest.fixture
+def adapter(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """Saved adapters on all projections, which change what the model writes."""
+    torch.manual_seed(5)
+    adapted, _ = attach_adapter(mambalm.load(tiny_checkpoint))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_generate_with_an_adapter(
+    tiny_checkpoint: Path,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    adapter: Path,
+    quantization: str | None,
+) -> None:
+    options = () if quantization is None else ("--quantization", quantization)
+    command = ("generate", tiny_checkpoint, "def sort(", "--max-new-tokens", "9", "--device", "cpu")
+    found = call(*command, "--adapter", adapter, *options)
+    assert found.exit_code == 0, found.output
+    adapted, _ = load_adapter(mambalm.load(tiny_checkpoint), adapter)
+    network: Any = adapted if quantization is None else adapted.merge_and_unload()
+    if quantization is not None:
+        network = quantize_model(network, quantization)
+    expected = expected_text(network, tiny_tokenizer, "def sort(", 9)
+    assert expected != expected_text(tiny_model, tiny_tokenizer, "def sort(", 9)
+    assert found.stdout.rstrip("\n") == expected.rstrip("\ufffd").rstrip("\n")
+
+
+def test_a_folder_without_an_adapter_is_refused(tiny_checkpoint: Path) -> None:
+    result = call("generate", tiny_checkpoint, "fox", "--adapter", tiny_checkpoint)
+    assert result.exit_code == 2
+    assert "is no adapter's folder" in result.stderr
 
 
 def test_an_unknown_quantization_is_refused(tiny_checkpoint: Path) -> None:

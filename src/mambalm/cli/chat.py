@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mambalm.cli.options import Device, Dtype, Quantization, load_model
+from mambalm.cli.options import Adapter, Device, Dtype, Quantization, load_model
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.generation import Sampling, Settings, end_tokens
 from mambalm.generation.conversation import Conversation
@@ -38,13 +38,14 @@ def chat(
     dtype: Dtype = None,
     device: Device = None,
     quantization: Quantization = None,
+    adapter: Adapter = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's folder or name; by default MODEL's.")] = None,
 ) -> None:
     """Talk with a model. A turn reads what it adds and nothing else; /help lists what can be done."""
     if system is not None and state is not None:
         raise ValueError("--system begins a conversation and --state goes on with one: give one of them")
     sampling = Sampling(temperature=temperature, top_p=top_p)
-    network = load_model(model, dtype, device, quantization)
+    network = load_model(model, dtype, device, quantization, adapter)
     encoder = load_tokenizer(tokenizer or model)
     settings = Settings(sampling=sampling, max_new_tokens=max_new_tokens, end_tokens=end_tokens(network), seed=seed)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from mambalm.cli.options import Device, Dtype, Quantization, load_model
+from mambalm.cli.options import Adapter, Device, Dtype, Quantization, load_model
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.generation import Engine, Sampling, Settings, TextStream, beam_search, end_tokens
 from mambalm.generation import generate as generate_text
@@ -43,6 +43,7 @@ def generate(
     dtype: Dtype = None,
     device: Device = None,
     quantization: Quantization = None,
+    adapter: Adapter = None,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens of the prompt that are read at once.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's folder or name; by default MODEL's.")] = None,
 ) -> None:
@@ -58,7 +59,7 @@ def generate(
     )
     # A state can be continued as it is.
     texts = _read_prompts(prompts or ([] if state is None or prompt_file else [""]), prompt_file or [])
-    network = load_model(model, dtype, device, quantization)
+    network = load_model(model, dtype, device, quantization, adapter)
     encoder = load_tokenizer(tokenizer or model)
     settings = Settings(
         sampling=sampling,

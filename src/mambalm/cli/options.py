@@ -16,17 +16,29 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 Dtype = Annotated[str | None, typer.Option(help=f"Parameters: {', '.join(DTYPES)}; by default as stored.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda or cuda:1; by default the GPU if there is one.")]
+Adapter = Annotated[str | None, typer.Option(help="A LoRA as PEFT and `mambalm train` write it, added to the weights.")]
 Quantization = Annotated[str | None, typer.Option(help="int8 or int4: the weights in so few bits, on a CPU.")]
 
 
-def load_model(model: str, dtype: str | None, device: str | None, quantization: str | None) -> MambalmForCausalLM:
+def load_model(
+    model: str, dtype: str | None, device: str | None, quantization: str | None, adapter: str | None = None
+) -> MambalmForCausalLM:
     """The checkpoint as the options ask for it; what is quantised goes to the CPU unless they say otherwise.
 
     Raises:
         ValueError: an option has a value that is not available.
+        FileNotFoundError: there is no such adapter.
     """
-    place = "cpu" if device is None and quantization is not None else device
-    return mambalm.load(model, dtype=parse_dtype(dtype), device=parse_device(place), quantization=quantization)
+    place = parse_device("cpu" if device is None and quantization is not None else device)
+    if adapter is None:
+        return mambalm.load(model, dtype=parse_dtype(dtype), device=place, quantization=quantization)
+    from mambalm.models import merge_adapter
+    from mambalm.quantization.model import quantize_model, require_available
+
+    if quantization is not None:
+        require_available(quantization, place)
+    network = merge_adapter(mambalm.load(model, dtype=parse_dtype(dtype), device=place), adapter)
+    return network if quantization is None else quantize_model(network, quantization)
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

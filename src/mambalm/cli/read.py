@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 from rich.console import Console
 
-from mambalm.cli.options import Device, Dtype, Quantization, load_model
+from mambalm.cli.options import Adapter, Device, Dtype, Quantization, load_model
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.generation import state_file
 from mambalm.generation.session import Session
@@ -40,10 +40,11 @@ def read(
     dtype: Dtype = None,
     device: Device = None,
     quantization: Quantization = None,
+    adapter: Adapter = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's folder or name; by default MODEL's.")] = None,
 ) -> None:
     """Read a text and write the state after it. The same command resumes a run that was killed."""
-    network = load_model(model, dtype, device, quantization)
+    network = load_model(model, dtype, device, quantization, adapter)
     encoder = load_tokenizer(tokenizer or model)
     session = Session(network, encoder, chunk_size=chunk_size, rungs=0)
     if state is not None:

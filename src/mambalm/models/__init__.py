@@ -24,6 +24,7 @@ _MODULES = {
     "attach_adapter": "adapters",
     "load": "loading",
     "load_adapter": "adapters",
+    "merge_adapter": "adapters",
     "register": "registration",
 }
 

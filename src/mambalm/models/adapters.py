@@ -25,6 +25,8 @@ from mambalm.models.common import MambalmPreTrainedModel
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
+    from mambalm.models.common import MambalmForCausalLM
+
 # Modules whose weight an op takes: an adapter around them would never be called.
 _NOT_CALLED = {
     "conv1d": "the convolution's weight goes into an op",
@@ -132,6 +134,25 @@ def load_adapter(
                 model, path, adapter_name=adapter_name, is_trainable=is_trainable, **kwargs
             )
     return adapted, report(adapted)
+
+
+def merge_adapter(model: MambalmForCausalLM, path: str | os.PathLike[str]) -> MambalmForCausalLM:
+    """Add a saved adapter to a model's weights, in place; returns the model, which is a plain one again.
+
+    Args:
+        model: with weights as they are, not quantised.
+        path: as for `load_adapter`.
+
+    Raises:
+        FileNotFoundError: there is no adapter at that path.
+        ImportError, TypeError, ValueError: see `load_adapter`.
+    """
+    name = os.fspath(path)
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "adapter_config.json")):
+        raise FileNotFoundError(f"{name} is no adapter's folder: it has no adapter_config.json")
+    adapted, _ = load_adapter(model, path)
+    merged: Any = adapted.merge_and_unload(safe_merge=True)
+    return merged
 
 
 def report(model: nn.Module) -> AdapterReport:
