@@ -128,6 +128,9 @@ def test_what_has_no_step_says_why() -> None:
         assert "hooks" in str(refusal(model))
         handle.remove()
     assert refusal(model) is None
+    gated = FAMILIES["mamba2"].model()
+    gated.backbone.layers[1].mixer.norm.register_forward_hook(lambda *_: None)  # type: ignore[union-attr, index]
+    assert "hooks" in str(refusal(gated))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

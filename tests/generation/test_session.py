@@ -21,6 +21,7 @@ from mambalm.generation.session import Ladder, Session
 from mambalm.generation.snapshot import NOTHING_READ, Snapshot, advance, chain
 from mambalm.generation.state_file import StateFileError
 from mambalm.models.common import MambalmForCausalLM
+from mambalm.quantization.model import quantize_model
 from tests.helpers import FLOAT32, relative_error
 
 FAMILIES = ["Mamba", "FalconMamba", "Mamba-2", "Mamba-2 with attention", "Transformer++"]
@@ -75,6 +76,22 @@ def test_saved_and_loaded_is_uninterrupted(name: str, dtype: torch.dtype, tmp_pa
         session.read(TOKENS[21:])
     assert_same_bits(restored.snapshot, whole.snapshot)
     assert whole.position == 66
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_quantised_model_goes_on_and_stays_apart(name: str, models: dict, tmp_path: Path) -> None:
+    quantized = quantize_model(tiny_models()[name], "int8")
+    whole, restored = Session(quantized, chunk_size=8), Session(quantized, chunk_size=8)
+    whole.read(TOKENS[:21])
+    whole.save(tmp_path / "a.state")
+    restored.load(tmp_path / "a.state")
+    settings = Settings(max_new_tokens=5)
+    assert list(restored.write(settings)) == list(whole.write(settings))
+    for session in (whole, restored):
+        session.read(TOKENS[21:])
+    assert_same_bits(restored.snapshot, whole.snapshot)
+    with pytest.raises(StateFileError, match="does not fit"):
+        Session(models[name]).load(tmp_path / "a.state", convert=True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

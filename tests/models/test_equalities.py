@@ -10,12 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mambalm import State
 from mambalm.layers.state import AttentionState
+from mambalm.models.adapters import attach_adapter
 from mambalm.models.common import MambalmForCausalLM
+from mambalm.quantization.model import quantize_model
 from tests.helpers import assert_close, assert_no_worse, cu_seqlens, pieces, splits
 from tests.models.tiny import FAMILIES, tokens
 
@@ -105,9 +108,10 @@ def outcome(model: MambalmForCausalLM, read: Read, lengths: list[int], prefix: i
     outputs = {"logits": torch.cat(logits)} | contents(final)
     fixed = torch.Generator().manual_seed(7)
     total = sum((out * torch.randn(out.shape, generator=fixed).to(out.dtype)).sum() for out in outputs.values())
-    names = [name for name, _ in model.named_parameters()] + [f"first {i}" for i in range(len(first))]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = [*trained, *(f"first {i}" for i in range(len(first)))]
     assert isinstance(total, Tensor)
-    found = torch.autograd.grad(total, [*model.parameters(), *first], materialize_grads=True)
+    found = torch.autograd.grad(total, [*trained.values(), *first], materialize_grads=True)
     gradients = {f"d {name}": gradient for name, gradient in zip(names, found, strict=True)}
     return {name: out.detach() for name, out in outputs.items()} | gradients
 
@@ -153,6 +157,45 @@ def test_bfloat16(name: str, form: Read) -> None:
         rounded = outcome(model, alone, [12, 12], 3)
     truth = exact(model, [12, 12], 3)
     assert_no_worse(*(joined(found, truth) for found in (outcome(model, form, [12, 12], 3), rounded, truth)))
+
+
+def variant(name: str, kind: str) -> MambalmForCausalLM:
+    """A model whose projections are no plain Linears: packed in few bits, or with adapters beside them."""
+    model = FAMILIES[name].model()
+    if kind != "lora":
+        return quantize_model(model, kind)
+    adapted, _ = attach_adapter(model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_B" in parameter_name:  # zero at first
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", ["int8", "int4", "lora"])
+def test_quantised_and_adapted(name: str, kind: str) -> None:
+    """All forms, with the gradients of what is trained and of the first state."""
+    model = variant(name, kind)
+    for lengths, forms in (([12, 12], FORMS[:2]), ([12, 1, 7], FORMS[2:])):
+        truth = exact(model, lengths, 3)
+        assert sum(key.startswith("d ") for key in truth) > len(leaves(model.init_state(1)))
+        for form in forms:
+            assert_close(outcome(model, form, lengths, 3), truth)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@torch.no_grad()
+def test_quantised_without_gradients(name: str, kind: str) -> None:
+    """Few rows meet the packed weights, rounded to 16 bits of their largest value; many the unpacked ones."""
+    model, rows = variant(name, kind), [tokens(12, seed=i) for i in range(3)]
+    state = model(tokens(3, 4), cache_params=model.init_state(3)).cache_params
+    logits, final = alone(model, rows, state)
+    for form in FORMS:
+        found, after = form(model, rows, state)
+        assert_close({"logits": torch.cat(found)}, {"logits": torch.cat(logits)}, 1e-3)
+        assert_close(contents(after), contents(final), 1e-3)
 
 
 @settings(max_examples=12)

@@ -52,7 +52,8 @@ def _block_refusal(block: Any) -> str | None:
         return f"a layer is more than a norm and a Mamba or Mamba-2 layer: {kind.__name__}"
     if mixer.backend not in (None, "cpu") or (kind is Mamba2 and mixer.d_ssm != mixer.d_inner):
         return "a layer asks for another backend, or has an MLP inside"
-    if any(map(hooked, (block, mixer, mixer.conv1d, block.norm))):
+    inner = getattr(mixer, "norm", None)
+    if any(hooked(module) for module in (block, mixer, mixer.conv1d, block.norm, inner) if module is not None):
         return "a module has hooks"
     return None
 

@@ -207,10 +207,11 @@ class Attention(nn.Module):
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> AttentionState:
         """The state before the first token; ``dtype`` is that of the activations."""
-        weight = self.in_proj.weight
-        device = device or weight.device
-        if dtype is None:
-            dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        weight = getattr(self.in_proj, "weight", None)  # a packed one has none of its own
+        if device is None and weight is not None:
+            device = weight.device
+        if dtype is None and weight is not None and weight.is_floating_point():
+            dtype = weight.dtype
         none = torch.zeros(batch_size, 0, self.num_heads_kv, self.head_dim, device=device, dtype=dtype)
         conv = None if self.conv1d is None else self.conv1d.init_state(batch_size, dtype, device)
         return AttentionState(none, none, torch.zeros(batch_size, device=device, dtype=torch.long), conv)

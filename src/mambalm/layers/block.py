@@ -87,8 +87,9 @@ class Block(nn.Module):
     def init_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MambaState | AttentionState:
-        """The mixer's zero state."""
-        return self.mixer.init_state(batch_size, dtype=dtype, device=device)
+        """The mixer's zero state, by default in the dtype in which the norm gives it activations."""
+        weight = self.norm.weight
+        return self.mixer.init_state(batch_size, dtype=dtype or weight.dtype, device=device or weight.device)
 
 
 def _normalise_again(norm: RMSNorm, dtype: torch.dtype, added: bool) -> Callable[[Tensor], Tensor]:
