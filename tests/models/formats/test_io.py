@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -101,6 +102,19 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     torch.save(TENSORS | {"step": 3}, old)
     with pytest.raises(CheckpointError, match="'step' is a int"):
         read_tensors([old])
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_a_bit_that_flipped_is_another_value_or_a_checkpoint_error(suffix: str, tmp_path: Path) -> None:
+    path, tensors = tmp_path / f"x{suffix}", {"a": torch.arange(6.0).view(2, 3)}
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
+    whole = bytearray(path.read_bytes())
+    for at in range(0, len(whole), 1 if suffix == ".safetensors" else 5):
+        whole[at] ^= 1 << at % 7
+        path.write_bytes(whole)
+        whole[at] ^= 1 << at % 7
+        with contextlib.suppress(CheckpointError):
+            read_tensors([path])  # nothing else is raised
 
 
 class Malicious:

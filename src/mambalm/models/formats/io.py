@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -164,7 +164,9 @@ def read_torch(path: Path) -> dict[str, Any]:
             f"{path} is a pickle that runs code or builds objects other than tensors, and is not read; where you trust "
             "it, load it with PyTorch and save the state dict alone, better as safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # which one depends on what of the pickle is damaged
         raise CheckpointError(f"{path} cannot be read: {_fault(path)}") from error
     if not isinstance(contents, Mapping):
         raise CheckpointError(f"{path} holds a {type(contents).__name__}, not a state dict: save model.state_dict()")
@@ -176,8 +178,9 @@ def _fault(path: Path) -> str:
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             return "it is not in the zip format of torch.save; load and save it again with PyTorch 1.6 or newer"
-    if not zipfile.is_zipfile(path):
-        return "it is truncated, its table of tensors at the end is gone; download or copy it again"
+    with contextlib.suppress(zipfile.BadZipFile):
+        if not zipfile.is_zipfile(path):
+            return "it is truncated, its table of tensors at the end is gone; download or copy it again"
     return "a tensor in it is damaged; download or copy it again"
 
 
@@ -209,7 +212,7 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
         torch.save(owned, path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def written_whole(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder that becomes `destination` when the block ends without an error, and vanishes otherwise.
 
