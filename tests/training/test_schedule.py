@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mambalm.training.budget import TimeBudget, TokenBudget
+from mambalm.training.budget import TimeBudget
 from mambalm.training.schedule import Cosine, WarmupStableDecay
 
 
@@ -47,13 +47,6 @@ def test_a_time_budget_forecasts_from_the_speed_so_far() -> None:
     # At half the time half of the decay's part is left, whatever the speed.
     schedule = WarmupStableDecay(peak=1.0, warmup=0, decay=1.0)
     assert schedule(777, budget.horizon(777, 30.0)) == pytest.approx(0.5)
-
-
-def test_a_token_budget_is_its_own_horizon() -> None:
-    budget = TokenBudget(100)
-    assert budget.horizon(3, 9.0) == 100
-    assert not budget.is_spent(99, 1e9)
-    assert budget.is_spent(100, 0.0)
 
 
 @pytest.mark.parametrize(

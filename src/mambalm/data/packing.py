@@ -78,7 +78,7 @@ class Packs:
         """Sequences of ``length`` tokens; ``cut`` is the number of documents that are longer."""
         self._corpus, self._length = corpus, length
         lengths = corpus.document_lengths()
-        self._lengths, self._begins = lengths, np.cumsum(lengths) - lengths
+        self._begins = np.cumsum(lengths) - lengths
         # The last token of a document has no target, so that one more than a sequence fits.
         self._used = np.minimum(lengths - 1, length)
         self.cut = int((lengths - 1 > length).sum())

@@ -1,4 +1,4 @@
-"""When a run ends: after a number of tokens, or by the clock."""
+"""When a run ends: by the clock."""
 
 from __future__ import annotations
 
@@ -17,21 +17,6 @@ class Budget(Protocol):
     def is_spent(self, tokens: int, seconds: float) -> bool:
         """Whether the run is over."""
         ...
-
-
-@dataclass(frozen=True)
-class TokenBudget:
-    """A run of so many tokens."""
-
-    tokens: int
-
-    def horizon(self, tokens: int, seconds: float) -> float:
-        """The budget itself."""
-        return self.tokens
-
-    def is_spent(self, tokens: int, seconds: float) -> bool:
-        """Whether all tokens have been read."""
-        return tokens >= self.tokens
 
 
 @dataclass(frozen=True)
