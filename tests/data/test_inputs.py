@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from mambalm.data.inputs import InputError, Reading, plan
@@ -128,6 +130,21 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_without_a_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    asked = []
+
+    def no_network(host: str, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    with pytest.raises(InputError, match=r"mambalm-tests/none is no file here, and no data set.*Name or service"):
+        plan(["mambalm-tests/none"], Reading(), unit_bytes=100)
+    assert 1 <= len(asked) <= 2
+
+
 def test_a_data_set_is_streamed_by_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
@@ -140,6 +157,7 @@ def test_a_data_set_is_streamed_by_its_shards(monkeypatch: pytest.MonkeyPatch) -
         return datasets.IterableDataset.from_generator(rows, gen_kwargs={"numbers": list(range(10))})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: None)
     reading = Reading(config="small")
     units = plan(["owner/name"], reading, unit_bytes=100)
     assert len(units) == 10

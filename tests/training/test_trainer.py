@@ -90,13 +90,24 @@ def test_explain_says_what_the_run_does_and_starts_nothing(
     assert result.exit_code == 0, result.output
     assert "seed: 3" in result.output
     assert f"test: {whole[1].parameters:,} parameters, 1,280 tokens, precision fp32" in result.output
-    assert "1 ranks (single): 0.0 GB of weights, gradients and moments for each" in result.output
+    assert "1 rank (single): 0.0 GB of weights, gradients and moments for each" in result.output
     for number, (name, tokens, batch) in enumerate((("short", "768", "2 to 8"), ("long", "512", "4"))):
         line = next(line for line in result.output.splitlines() if line.startswith(f"{name} "))
         assert tokens in line
         assert batch in line
         assert f" {steps_of(made, number)} " in line
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [("mamba-130m", "0 to 0.003 to 1e-05"), ("falcon-mamba-7b", "0.00064 to 2.5e-06"), ("mamba-tiny", "0.004 to 0")],
+)
+def test_the_explanation_fits_a_narrow_terminal(name: str, rates: str) -> None:
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["train", name, "--explain"])
+    assert result.exit_code == 0, result.output
+    assert rates in result.output, "the first, the highest and the last"
+    assert "…" not in result.output
 
 
 def test_accumulation_does_not_change_the_step(data: Path, tmp_path: Path) -> None:

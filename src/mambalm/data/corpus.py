@@ -171,8 +171,9 @@ class Corpus:
             return f"{self.name} has no documents: tokenise a text that is not empty"
         if self._share <= 0:
             return f"{self.name} has nothing held out: set held_out to a share of its documents, such as 0.01"
-        more = "more" if self._split == "held_out" else "less"
-        return f"held_out: {self._share} leaves {self.name} no document to {self._split}: hold out {more} of it"
+        if self._split == "held_out":
+            return f"held_out is {self._share}, which holds no document of {self.name} out: raise it, or set it to 0"
+        return f"held_out is {self._share}, which leaves no document of {self.name} to train on: lower it"
 
     def __getstate__(self) -> dict[str, object]:
         # A mapped file would be pickled with its contents.

@@ -342,8 +342,11 @@ def _why_no_json(line: bytes, error: ValueError) -> str:
 
 def _data_set(name: str, config: str | None, split: str) -> Any:
     import datasets
+    import huggingface_hub
 
     try:
+        # Asked once: without a network datasets tries for half a minute before it says so.
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
         return datasets.load_dataset(name, config, split=split, streaming=True)
     # The errors of the Hub, of the network and of a data set's own builder have nothing in common.
     except Exception as error:

@@ -30,7 +30,8 @@ def summarise(recipe: Recipe, world: int) -> Group:
     lines: list[RenderableType] = [
         Text(f"{recipe.name}: {size.parameters:,} parameters, {recipe.tokens:,} tokens, precision {recipe.precision}"),
         Text(
-            f"{world} ranks ({recipe.parallel.mode}): {held / 1e9:.1f} GB of weights, gradients and moments for each, "
+            f"{world} {'rank' if world == 1 else 'ranks'} ({recipe.parallel.mode}): {held / 1e9:.1f} GB of weights, "
+            "gradients and moments for each, "
             f"about {peak / 1e9:.1f} GB with activations (checkpointing {recipe.parallel.checkpointing})"
         ),
         _stages(recipe, size, world),
@@ -39,7 +40,7 @@ def summarise(recipe: Recipe, world: int) -> Group:
 
 
 def _stages(recipe: Recipe, size: Size, world: int) -> Table:
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for column in ("stage", "tokens", "context", "sequences", "accumulated", "steps", "learning rate"):
         table.add_column(column, justify="right" if column != "stage" else "left", no_wrap=True)
     rates = LearningRates(recipe)
@@ -49,7 +50,6 @@ def _stages(recipe: Recipe, size: Size, world: int) -> Table:
                              f"multiples of the {world} ranks")  # fmt: skip
         first = stage.batch_at(0)
         batch = f"{first} to {stage.batch}" if stage.ramp else str(stage.batch)
-        begin, end = rates(number, 0, first), rates(number, stage.tokens, stage.batch)
         table.add_row(
             stage.name,
             _short(stage.tokens),
@@ -57,9 +57,19 @@ def _stages(recipe: Recipe, size: Size, world: int) -> Table:
             batch,
             str(-(-stage.batch // world // stage.micro_batch)),
             f"{steps_of(recipe, number):,}",
-            f"{begin:.2g} to {end:.2g}",
+            _rates(recipe, rates, number),
         )
     return table
+
+
+def _rates(recipe: Recipe, rates: LearningRates, number: int) -> str:
+    """A stage's first learning rate and its last, between them the highest where that is neither."""
+    stage = recipe.stages[number]
+    turns = [stage.tokens * part // 1000 for part in range(1001)]
+    first, *between, last = (rates(number, tokens, stage.batch_at(tokens)) for tokens in turns)
+    highest = max(between)
+    shown = (first, highest, last) if highest > 1.01 * max(first, last) else (first, last)
+    return " to ".join(f"{rate:.2g}" for rate in shown)
 
 
 def _short(count: int) -> str:
