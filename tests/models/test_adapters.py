@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mambalm.models import attach_adapter, load_adapter
 from mambalm.models.adapters import projections
+from mambalm.models.quiet import quieten
 from tests.helpers import FLOAT32, relative_error
 from tests.models.tiny import FAMILIES, tokens
 
@@ -173,3 +175,10 @@ def test_the_callers_config_stays_as_it_is() -> None:
     config = lora(target_modules="all-linear")
     attach_adapter(FAMILIES["mamba"].model(), config)
     assert config.target_modules == "all-linear"
+
+
+def test_the_command_line_hears_no_warning_that_is_not_its_users() -> None:
+    """PEFT asks transformers by a name that transformers warns of."""
+    with warnings.catch_warnings(action="error"):
+        quieten()
+        attach_adapter(FAMILIES["mamba"].model(), lora())

@@ -70,6 +70,8 @@ def test_the_list_is_complete() -> None:
         ("schedule.shape=exponential", "give it a floor"),
         ("schedule.kind=cosine", "decay .* belongs to kind: wsd"),
         ("stages.short.ramp.start=3", r"ramp\.start=3 must divide the full batch of 16"),
+        ("stages.long.tokens=0", r"^recipe mamba-tiny: stages\.1\.tokens: Input should be greater than 0, got 0$"),
+        ("stages=[]", "stages: Tuple should have at least 1 item"),
         ("schedule.decay=1G", "the stages from short on have 250,000"),
     ],
 )

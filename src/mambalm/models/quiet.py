@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# torchao warns of extensions that nobody asked for, and makes torch's pytree warn of it.
-NOISY = ("torchao", "torch.utils._pytree")
+# torchao and bitsandbytes warn of extensions that nobody asked for, and torchao makes torch's pytree warn of it.
+NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 def quieten() -> None:
-    """Let them log errors only, from now on."""
+    """Let them log errors only, from now on; and PEFT ask transformers by an old name without a warning."""
+    _raise_levels()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def _raise_levels() -> None:
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -20,7 +26,7 @@ def quieten() -> None:
 def quietly() -> Iterator[None]:
     """Let them log errors only, within."""
     levels = {name: logging.getLogger(name).level for name in NOISY}
-    quieten()
+    _raise_levels()
     try:
         yield
     finally:

@@ -42,7 +42,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_line(details) for details in error.errors()]
+        # A list whose items are refused is also told to be too short.
+        found = [details for details in error.errors() if details["type"] != "too_short"] or error.errors()
+        lines = [_line(details) for details in found]
         raise ValueError(f"recipe {name_or_path}: " + "; ".join(lines)) from error
 
 
