@@ -7,13 +7,14 @@ channels of one head: the blocks of a head share its decays and are otherwise he
 `prepare` makes each chunk's steps and running sums of log decays. `scan` computes the outputs, and run backwards in
 time, with C and B exchanged and the output's gradient for the input, it computes the input's gradient. Both keep the
 states that enter each chunk (`keep`). From them `pairs` computes the gradients of B and C, a chunk at a time and over
-all heads of a group, and `sums` those of D and, token by token, of the steps and log decays, which `finish` puts
-together.
+all heads of a group, and what those of D and, token by token, of the steps and log decays are sums of, which `finish`
+puts together. `scan_both_ways` makes the states of both directions at once, for a `pairs` that needs no dx from a scan.
 
 Sums of log decays are counted in powers of two. Of float32 inputs, whole and broken parts are summed apart (`whole`),
 so that small steps are not lost beside large ones. Products run on matrix units: operands are rounded to OPERAND, sums
 are float32. In what the gradients of A and the bias, sums in which most cancels, are made of, the remainder of such a
-rounding is multiplied too (`careful`).
+rounding is multiplied too (`careful`), or they are float16 divided by a power of two, as the states that are kept
+(`fitting`).
 """
 
 import triton
@@ -143,29 +144,41 @@ def careful(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def keep(states, scales, corner, h, N: tl.constexpr, P: tl.constexpr):
-    """Store a state (N, P), as it is or, of half the size, as float16 of 11 bits beside a power of two for each row."""
+def fitting(value):
+    """A power of two by which float16 holds a float32 matrix, and its inverse: the largest becomes 2^14 to 2^15."""
+    # The exponent is taken and inverted as bits, infinity included.
+    most = tl.max(tl.max(tl.abs(value), axis=1), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
+    most = tl.maximum(most, 15 << 23)
+    inverse = (254 << 23) - most + (14 << 23)
+    return (most - (14 << 23)).to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def keep(states, scales, corner, h, u, N: tl.constexpr, P: tl.constexpr):
+    """Store a state (N, P), as it is or, of half the size, as float16 of 11 bits beside the power of two that it is
+    divided by; and beside that the one by which float16 holds the chunk's inputs ``u`` (Q, P)."""
     n, p = tl.arange(0, N), tl.arange(0, P)
     at = states + corner * (N * P) + n[:, None] * P + p[None, :]
     if scales is None:
         tl.store(at, h)
     else:
-        # The largest of a row becomes 2^14 to 2^15; the exponent is taken and inverted as bits, infinity included.
-        most = tl.max(tl.abs(h), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
-        most = tl.maximum(most, 15 << 23)
-        tl.store(scales + corner * N + n, (most - (14 << 23)).to(tl.float32, bitcast=True))
-        inverse = ((254 << 23) - most + (14 << 23)).to(tl.float32, bitcast=True)
-        tl.store(at, (h * inverse[:, None]).to(tl.float16))
+        scale, inverse = fitting(h)
+        tl.store(at, (h * inverse).to(tl.float16))
+        tl.store(scales + corner * 2, scale)
+        scale, inverse = fitting(u.to(tl.float32))
+        tl.store(scales + corner * 2 + 1, scale)
 
 
 @triton.jit
 def kept(states, scales, corner, n, N: tl.constexpr, P: tl.constexpr):
-    """Rows n of a state (N, P) that `keep` stored, in float32."""
+    """Rows n of a state (N, P) that `keep` stored, its scale and that of the chunk's inputs; they are 1 where it stored
+    none."""
     p = tl.arange(0, P)
-    h = tl.load(states + corner * (N * P) + n[:, None] * P + p[None, :]).to(tl.float32)
+    h = tl.load(states + corner * (N * P) + n[:, None] * P + p[None, :])
+    scale, size = 1.0, 1.0
     if scales is not None:
-        h *= tl.load(scales + corner * N + n)[:, None]
-    return h
+        scale, size = tl.load(scales + corner * 2), tl.load(scales + corner * 2 + 1)
+    return h, scale, size
 
 
 @triton.jit
@@ -241,6 +254,7 @@ def scan(
     channels: tl.constexpr,
     state_size: tl.constexpr,
     slots,
+    before,
     SEGMENTS: tl.constexpr,
     SUMMARY: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -256,11 +270,12 @@ def scan(
 
     Forwards: u = x, key = B, query = C, out = y, or dz where dy is given. REVERSE: u = dy, key = C,
     query = B, out = dx. SUMMARY: only what the segment does to a state, (rows, SEGMENTS, heads, p, n) into ``ends`` and
-    its decay into ``totals``, from which the other segments start when they are computed.
+    its decay into ``totals``, from which the other segments start when they are computed. ``before`` programs of the
+    launch do something else.
     """
     blocks = tl.cdiv(channels, P)
-    block = tl.program_id(0) % (heads * blocks)
-    piece = (tl.program_id(0) // (heads * blocks)).to(tl.int64)
+    block = (tl.program_id(0) - before) % (heads * blocks)
+    piece = ((tl.program_id(0) - before) // (heads * blocks)).to(tl.int64)
     row, segment = piece // SEGMENTS, (piece % SEGMENTS).to(tl.int32)
     head, first = block // blocks, block % blocks * P
     group = head // per_group
@@ -310,7 +325,7 @@ def scan(
             gate = load_tile(z + offset * z_l, z_l, i, p, inside, channels).to(tl.float32)
             ut = ut.to(tl.float32) * (gate * sigmoid(gate))
         if states is not None:
-            keep(states, scales, (slot + chunk) * heads * blocks + block, h, N, P)
+            keep(states, scales, (slot + chunk) * heads * blocks + block, h, ut, N, P)
         if out is not None:
             queries = load_tile(query + offset * query_l, query_l, i, n, inside, state_size).to(OPERAND)
             scores = product(queries, tl.trans(keys), PRECISION)
@@ -354,6 +369,87 @@ def scan(
 
 
 @triton.jit
+def scan_both_ways(
+    x,
+    dy,
+    B,
+    C,
+    initial,
+    dfinal,
+    cu_seqlens,
+    step,
+    decay,
+    whole,
+    ends,
+    totals,
+    dends,
+    dtotals,
+    states,
+    scales,
+    dstates,
+    dscales,
+    dinitial,
+    x_b,
+    x_l: tl.constexpr,
+    x_h,
+    dy_b,
+    dy_l: tl.constexpr,
+    dy_h,
+    B_b,
+    B_l: tl.constexpr,
+    B_g,
+    C_b,
+    C_l: tl.constexpr,
+    C_g,
+    length,
+    heads: tl.constexpr,
+    per_group: tl.constexpr,
+    channels: tl.constexpr,
+    state_size: tl.constexpr,
+    slots,
+    half,
+    SEGMENTS: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    Q: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The states alone: the first ``half`` of the programs make those that enter the chunks, the others the gradients
+    of those that leave them."""
+    if tl.program_id(0) < half:
+        scan(
+            x, B, C, None, None, None, initial, cu_seqlens, step, decay, whole, ends, totals, None, states, scales,
+            None, x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, 0, 0, 0, 0, 0, 0, 0, 0, length, heads, per_group,
+            channels, state_size, slots, 0, SEGMENTS, SUMMARY, False, True, Q, P, N, OPERAND, PRECISION, STAGES,
+        )  # fmt: skip
+    else:
+        scan(
+            dy, C, B, None, None, None, dfinal, cu_seqlens, step, decay, whole, dends, dtotals, None, dstates, dscales,
+            dinitial, dy_b, dy_l, dy_h, C_b, C_l, C_g, B_b, B_l, B_g, 0, 0, 0, 0, 0, 0, 0, 0, length, heads, per_group,
+            channels, state_size, slots, half, SEGMENTS, SUMMARY, True, True, Q, P, N, OPERAND, PRECISION, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def fitted(value, by, scales, OPERAND: tl.constexpr):
+    """A value for products with kept states: float16, divided by a power of two, or OPERAND."""
+    return value.to(OPERAND) if scales is None else (value.to(tl.float32) * (1.0 / by)).to(tl.float16)
+
+
+@triton.jit
+def by_state(rows, state, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """The product of ``rows`` (Q, p) and a state (n, p) as it was kept."""
+    if state.dtype == tl.float16:
+        result = tl.dot(rows, tl.trans(state))
+    else:
+        result = careful(rows, tl.trans(state), OPERAND, PRECISION)
+    return result
+
+
+@triton.jit
 def pairs(
     x,
     dy,
@@ -370,6 +466,13 @@ def pairs(
     dscales,
     dB,
     dC,
+    dD,
+    crossing,
+    within,
+    writes,
+    direct,
+    skips,
+    passed,
     x_b,
     x_l: tl.constexpr,
     x_h,
@@ -395,6 +498,7 @@ def pairs(
     slots,
     tokens,
     shares,
+    SOME: tl.constexpr,
     Q: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -402,12 +506,20 @@ def pairs(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dB and dC (shares, tokens, g, n) of one chunk: the sums over one share of a group's blocks of channels."""
+    """Of one chunk, SOME of its states and one share of a group's blocks of channels.
+
+    The gradients of B and C (shares, tokens, g, n), sums over these blocks; of each block its shares in the gradients
+    of the log decays and the steps, crossing, within, writes and direct (blocks, parts, slots, Q) and passed (blocks,
+    parts, slots, SOME), and in that of D: skips (blocks, parts, slots, Q) or, of channels, dD (slots, blocks, p).
+    """
     blocks = tl.cdiv(channels, P)
-    slot = (tl.program_id(0) // (groups * shares)).to(tl.int64)
-    group = tl.program_id(0) // shares % groups
-    share = tl.program_id(0) % shares
-    i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
+    parts: tl.constexpr = N // SOME
+    part_of = (tl.program_id(0) % parts).to(tl.int32)
+    program = tl.program_id(0) // parts
+    slot = (program // (groups * shares)).to(tl.int64)
+    group = program // shares % groups
+    share = program % shares
+    i, p, n = tl.arange(0, Q), tl.arange(0, P), part_of * SOME + tl.arange(0, SOME)
     batch, begin, left = locate_slot(cu_seqlens, slot, length, rows, Q)
     inside = i < left
     each = tl.cdiv(per_group * blocks, shares)
@@ -416,15 +528,22 @@ def pairs(
     dy += batch * dy_b + begin * dy_l
     if z is not None:
         z += batch * z_b + begin * z_l
+    B += batch * B_b + begin * B_l + group.to(tl.int64) * B_g
+    C += batch * C_b + begin * C_l + group.to(tl.int64) * C_g
+    keys = load_tile(B, B_l, i, n, inside, state_size)
+    queries = load_tile(C, C_l, i, n, inside, state_size)
+    scores = product(queries.to(OPERAND), tl.trans(keys.to(OPERAND)), PRECISION)
+    scores = tl.where(i[:, None] > i[None, :], scores, 0.0)
+    same = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), axis=1)
     dscores = tl.zeros((Q, Q), tl.float32)
-    dkeys = tl.zeros((Q, N), tl.float32)
-    dqueries = tl.zeros((Q, N), tl.float32)
+    dkeys = tl.zeros((Q, SOME), tl.float32)
+    dqueries = tl.zeros((Q, SOME), tl.float32)
     zero = slot * 0  # makes 64 bits of a loop's counter
     for number in tl.range(group * per_group * blocks + share * each, stop, num_stages=STAGES):
         block = zero + number
         head, first = block // blocks, block % blocks * P
         sums = (head * slots + slot) * Q
-        part, integer, start, end, _ = running_sums(decay, whole, sums, i, Q)
+        part, integer, start, end, total = running_sums(decay, whole, sums, i, Q)
         size_of_step = tl.load(step + sums + i)
         xt = load_tile(x + head * x_h, x_l, i, first + p, inside, channels)
         change = load_tile(dy + head * dy_h, dy_l, i, first + p, inside, channels)
@@ -432,141 +551,59 @@ def pairs(
             gate = load_tile(z + head * z_h, z_l, i, first + p, inside, channels).to(tl.float32)
             change = change.to(tl.float32) * (gate * sigmoid(gate))
         corner = slot * heads * blocks + block
-        entering, leaving = kept(states, scales, corner, n, N, P), kept(dstates, dscales, corner, n, N, P)
-        xt, change = xt.to(OPERAND), change.to(OPERAND)
-
+        entering, scale, x_by = kept(states, scales, corner, n, N, P)
+        leaving, dscale, change_by = kept(dstates, dscales, corner, n, N, P)
+        line = (block * parts + part_of) * slots + slot
+        through = tl.sum(entering.to(tl.float32) * leaving.to(tl.float32), axis=1) * (scale * dscale)
+        tl.store(passed + line * SOME + tl.arange(0, SOME), through * tl.exp2(total))
+        skipped = change.to(tl.float32) * xt.to(tl.float32)
+        at_once = tl.sum(skipped, axis=1)
+        if skips is not None:
+            tl.store(skips + line * Q + i, tl.where(part_of == 0, at_once, 0.0))
+        if dD is not None:
+            tl.store(dD + corner * P + p, tl.sum(skipped, axis=0), mask=p * 0 == part_of)
+        # float16 holds what x and dy have, and multiplies the states as they are kept.
+        xs, changes = fitted(xt, x_by, scales, OPERAND), fitted(change, change_by, scales, OPERAND)
+        dweights = product(changes, tl.trans(xs), PRECISION) * change_by
+        if z is not None and tl.float32 != OPERAND:
+            rest_by = change_by * 2**-11  # of what rounding leaves over
+            rest = fitted(change - changes.to(tl.float32) * change_by, rest_by, scales, OPERAND)
+            dweights += product(rest, tl.trans(xs), PRECISION) * rest_by
+        # Within the chunk.
         decays = between(part[:, None], integer[:, None], part[None, :], integer[None, :], whole is not None)
-        dweights = product(change, tl.trans(xt), PRECISION) * decays * size_of_step[None, :]
-        dscores += tl.where(i[:, None] >= i[None, :], dweights, 0.0)
-        # The outputs read the state that enters, the inflow adds to the one that leaves.
-        dqueries += product(change, tl.trans(entering.to(OPERAND)), PRECISION) * tl.exp2(start)[:, None]
-        weight = tl.exp2(end) * size_of_step
-        dkeys += product(xt, tl.trans(leaving.to(OPERAND)), PRECISION) * weight[:, None]
-    keys = load_tile(B + batch * B_b + begin * B_l + group.to(tl.int64) * B_g, B_l, i, n, inside, state_size)
-    queries = load_tile(C + batch * C_b + begin * C_l + group.to(tl.int64) * C_g, C_l, i, n, inside, state_size)
-    keys, queries = keys.to(OPERAND), queries.to(OPERAND)
+        dweights = tl.where(i[:, None] >= i[None, :], dweights * decays * x_by, 0.0)
+        dscores += dweights * size_of_step[None, :]
+        weights = dweights * scores
+        inward = tl.sum(weights, axis=0)
+        here = line * Q + i
+        if within is None:
+            crossed = tl.sum(weights * size_of_step[None, :], axis=1) - inward * size_of_step
+        else:  # the difference would leave rounding where decays leave nothing
+            crossed = tl.zeros((Q,), tl.float32)
+            before = tl.cumsum(weights * size_of_step[None, :], axis=1)
+            before = tl.where(i[:, None] > i[None, :], before, 0.0)
+            tl.store(within + here + 1, tl.sum(before, axis=0), mask=i < Q - 1)
+            tl.store(within + here, crossed, mask=i == 0)
+        # Between chunks: the outputs read the state that enters, the inflow adds to the one that leaves.
+        reads = by_state(changes, entering, OPERAND, PRECISION) * change_by
+        if z is not None and tl.float32 != OPERAND:
+            reads += by_state(rest, entering, OPERAND, PRECISION) * rest_by
+        reads *= (tl.exp2(start) * scale)[:, None]
+        dqueries += reads
+        tl.store(crossing + here, crossed + tl.sum(reads * queries.to(tl.float32), axis=1))
+        added = by_state(xs, leaving, OPERAND, PRECISION) * (tl.exp2(end) * (x_by * dscale))[:, None]
+        dkeys += added * size_of_step[:, None]
+        written = tl.sum(added * keys.to(tl.float32), axis=1)
+        tl.store(writes + here, written * size_of_step)
+        tl.store(direct + here, inward + at_once * same + written)
     dscores = dscores.to(OPERAND)
-    dqueries += product(dscores, keys, PRECISION)
-    dkeys += product(tl.trans(dscores), queries, PRECISION)
+    dqueries += product(dscores, keys.to(OPERAND), PRECISION)
+    dkeys += product(tl.trans(dscores), queries.to(OPERAND), PRECISION)
     token = share.to(tl.int64) * tokens + batch * length + begin
     at = ((token + i)[:, None] * groups + group) * state_size + n[None, :]
     mask = inside[:, None] & (n < state_size)[None, :]
     tl.store(dB + at, dkeys.to(dB.dtype.element_ty), mask=mask)
     tl.store(dC + at, dqueries.to(dC.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def sums(
-    x,
-    dy,
-    z,
-    B,
-    C,
-    cu_seqlens,
-    step,
-    decay,
-    whole,
-    states,
-    scales,
-    dstates,
-    dscales,
-    dD,
-    crossing,
-    within,
-    writes,
-    direct,
-    passed,
-    x_b,
-    x_l: tl.constexpr,
-    x_h,
-    dy_b,
-    dy_l: tl.constexpr,
-    dy_h,
-    z_b,
-    z_l: tl.constexpr,
-    z_h,
-    B_b,
-    B_l: tl.constexpr,
-    B_g,
-    C_b,
-    C_l: tl.constexpr,
-    C_g,
-    length,
-    heads: tl.constexpr,
-    per_group: tl.constexpr,
-    channels: tl.constexpr,
-    state_size: tl.constexpr,
-    rows,
-    slots,
-    Q: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    SOME: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Of one chunk of one block of channels: its shares in the gradients of the log decays and the steps, crossing,
-    within, writes and direct (blocks, slots, Q) and passed (blocks, slots), and in dD (slots, heads, p)."""
-    blocks = tl.cdiv(channels, P)
-    block = (tl.program_id(0) % (heads * blocks)).to(tl.int64)
-    slot = (tl.program_id(0) // (heads * blocks)).to(tl.int64)
-    head, first = block // blocks, block % blocks * P
-    group = head // per_group
-    i, p = tl.arange(0, Q), first + tl.arange(0, P)
-    batch, begin, left = locate_slot(cu_seqlens, slot, length, rows, Q)
-    inside = i < left
-    B += batch * B_b + begin * B_l + group * B_g
-    C += batch * C_b + begin * C_l + group * C_g
-    corner = slot * heads * blocks + block
-    # Some states at a time. The outputs read the state that enters, the inflow adds to the one that leaves.
-    scores = tl.zeros((Q, Q), tl.float32)
-    read = tl.zeros((Q, P), tl.float32)
-    written = tl.zeros((Q, P), tl.float32)
-    through = tl.zeros((SOME, P), tl.float32)
-    for least in tl.range(0, N, SOME, num_stages=STAGES):
-        n = least + tl.arange(0, SOME)
-        keys = load_tile(B, B_l, i, n, inside, state_size).to(OPERAND)
-        queries = load_tile(C, C_l, i, n, inside, state_size).to(OPERAND)
-        entering, leaving = kept(states, scales, corner, n, N, P), kept(dstates, dscales, corner, n, N, P)
-        through += entering * leaving
-        scores += product(queries, tl.trans(keys), PRECISION)
-        read += careful(queries, entering, OPERAND, PRECISION)
-        written += careful(keys, leaving, OPERAND, PRECISION)
-    part, integer, start, end, total = running_sums(decay, whole, (head * slots + slot) * Q, i, Q)
-    size_of_step = tl.load(step + (head * slots + slot) * Q + i)
-    tl.store(passed + block * slots + slot, tl.sum(tl.sum(through, axis=1), axis=0) * tl.exp2(total))
-    xt = load_tile(x + batch * x_b + begin * x_l + head * x_h, x_l, i, p, inside, channels)
-    change = load_tile(dy + batch * dy_b + begin * dy_l + head * dy_h, dy_l, i, p, inside, channels)
-    if z is not None:
-        gate = load_tile(z + batch * z_b + begin * z_l + head * z_h, z_l, i, p, inside, channels).to(tl.float32)
-        change = change.to(tl.float32) * (gate * sigmoid(gate))
-    if dD is not None:
-        skipped = tl.sum(change.to(tl.float32) * xt.to(tl.float32), axis=0)
-        tl.store(dD + (slot * heads + head) * channels + p, skipped, mask=p < channels)
-
-    # Within the chunk.
-    decays = between(part[:, None], integer[:, None], part[None, :], integer[None, :], whole is not None)
-    weights = product(change.to(OPERAND), tl.trans(xt.to(OPERAND)), PRECISION)
-    if z is not None and tl.float32 != OPERAND:
-        weights += product(remainder(change, OPERAND), tl.trans(xt.to(OPERAND)), PRECISION)
-    weights = tl.where(i[:, None] >= i[None, :], weights * scores * decays, 0.0)
-    inward = tl.sum(weights, axis=0)
-    weights = tl.where(i[:, None] > i[None, :], weights * size_of_step[None, :], 0.0)
-    here = (block * slots + slot) * Q + i
-    if within is None:
-        crossed = tl.sum(weights, axis=1) - tl.sum(weights, axis=0)
-    else:  # the difference would leave rounding where decays leave nothing
-        crossed = tl.zeros((Q,), tl.float32)
-        before = tl.where(i[:, None] > i[None, :], tl.cumsum(weights, axis=1), 0.0)
-        tl.store(within + here + 1, tl.sum(before, axis=0), mask=i < Q - 1)
-        tl.store(within + here, crossed, mask=i == 0)
-    # Between chunks.
-    crossed += tl.sum(read * change.to(tl.float32), axis=1) * tl.exp2(start)
-    added = tl.sum(written * xt.to(tl.float32), axis=1) * tl.exp2(end)
-    tl.store(crossing + here, crossed)
-    tl.store(writes + here, added * size_of_step)
-    tl.store(direct + here, inward + added)
 
 
 @triton.jit
@@ -580,10 +617,12 @@ def finish(
     within,
     writes,
     direct,
+    skips,
     passed,
     ddt,
     dA,
     dbias,
+    dD,
     dt_b,
     dt_l,
     dt_h,
@@ -592,34 +631,42 @@ def finish(
     length,
     heads,
     blocks,
+    crossings,
     rows,
     slots,
     SOFTPLUS: tl.constexpr,
     Q: tl.constexpr,
+    SOME: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The gradient of dt, and each slot's share of those of A and the bias, (slots, heads)."""
+    """The gradient of dt, and each slot's share of those of A, the bias and D, (slots, heads)."""
     parts = tl.cdiv(heads, HEADS)
     slot = (tl.program_id(0) // parts).to(tl.int64)
     head = tl.program_id(0) % parts * HEADS + tl.arange(0, HEADS)
     batch, begin, left = locate_slot(cu_seqlens, slot, length, rows, Q)
-    i = tl.arange(0, Q)
+    i, n = tl.arange(0, Q), tl.arange(0, SOME)
     known = head < heads
     inside = (i < left)[:, None] & known[None, :]
     crossed = tl.zeros((Q, HEADS), tl.float32)
     written = tl.zeros((Q, HEADS), tl.float32)
     change = tl.zeros((Q, HEADS), tl.float32)
     through = tl.zeros((HEADS,), tl.float32)
+    skipped = tl.zeros((HEADS,), tl.float32)
     dlog_decay = tl.zeros((Q, HEADS), tl.float32)
+    for number in range(crossings):
+        at = ((head.to(tl.int64)[None, :] * crossings + number) * slots + slot) * Q + i[:, None]
+        crossed += tl.load(crossing + at, mask=inside, other=0.0)
     for block in range(blocks):
         line = (head.to(tl.int64) * blocks + block) * slots + slot
         at = line[None, :] * Q + i[:, None]
-        crossed += tl.load(crossing + at, mask=inside, other=0.0)
         if within is not None:
             dlog_decay += tl.load(within + at, mask=inside, other=0.0)
         written += tl.load(writes + at, mask=inside, other=0.0)
         change += tl.load(direct + at, mask=inside, other=0.0)
-        through += tl.load(passed + line, mask=known & (head * 0 < left), other=0.0)
+        if skips is not None:
+            skipped += tl.sum(tl.load(skips + at, mask=inside, other=0.0), axis=0)
+        real = (known & (head * 0 < left))[:, None]
+        through += tl.sum(tl.load(passed + line[:, None] * SOME + n[None, :], mask=real, other=0.0), axis=1)
     # The gradient of a log decay: of all that crosses it, from before it to after it.
     before = tl.cumsum(written, axis=0) - written
     dlog_decay += tl.cumsum(crossed, axis=0, reverse=True) + before + through[None, :]
@@ -638,6 +685,8 @@ def finish(
     tl.store(dA + slot * heads + head, tl.sum(dlog_decay * size, axis=0), mask=known)
     if dbias is not None:
         tl.store(dbias + slot * heads + head, tl.sum(change, axis=0), mask=known)
+    if skips is not None:
+        tl.store(dD + slot * heads + head, skipped, mask=known)
 
 
 @triton.jit

@@ -9,24 +9,25 @@ from torch import Tensor
 
 from mambalm.ops.backends import Call
 from mambalm.ops.ssd import _launch
+from mambalm.ops.ssd import _triton_kernels as _kernels
 from mambalm.ops.ssd._launch import Problem, checkpoint_shape, skip_strides, stride_arguments
-from mambalm.ops.ssd._triton_kernels import advance, finish, pairs, prepare, scan, sums
+from mambalm.ops.ssd._triton_kernels import advance, finish, pairs, prepare, scan
 from mambalm.ops.ssd.arguments import Arguments
+from mambalm.ops.triton_sums import sums
 from mambalm.ops.triton_support import ceil_div, dense_channels, launch, multiplies_from_shared, on, power_of_2
 
 __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
 Decays = dict[str, Tensor | None]
-States = tuple[Tensor | None, Tensor | None]  # of every chunk (slots, blocks, n, p), and scales (slots, blocks, n)
+States = tuple[Tensor | None, Tensor | None]  # of every chunk (slots, blocks, n, p), and scales (slots, blocks, 2)
 Scan = Callable[[Problem, Decays, "Pass"], States]
 
 # Heads of a program that makes or sums decays; cells of a state of a program that makes one step.
 _HEADS, _STEP_CELLS = 16, 2048
-# Chunks (or what a loop takes) in flight at most, and warps: of a scan, of one that makes no outputs, pairs, sums.
+# Chunks (or what a loop takes) in flight at most, and warps: of a scan, of one that makes no outputs, pairs.
 _SCAN, _STATES, _PAIRS = (2, 4), (3, 4), (3, 8)
-_SUMS = (3, 4)
 _CELLS = 8192  # of a state that 4 warps of a scan hold
-_SOME = 32  # states that the sums take at a time
+_SOME = 64  # states of a program of pairs
 
 
 def supports(call: Call) -> str | None:
@@ -65,7 +66,7 @@ def run_forward(problem: Problem, final: bool, scan_with: Scan) -> tuple[Tensor,
         if problem.l == 1 and problem.tensors["cu_seqlens"] is None:
             _advance(problem, y, state)
         else:
-            scan_with(problem, _prepare(problem), Pass(y, initial=problem.tensors["initial"], final=state))
+            scan_with(problem, make_decays(problem), Pass(y, initial=problem.tensors["initial"], final=state))
     return y, problem.empty(0) if state is None else state, problem.empty(0)
 
 
@@ -82,18 +83,19 @@ def run_backward(
     dinitial = None if initial is None else problem.new_states()
     dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     with on(problem.device):
-        decays = _prepare(problem)
+        decays = make_decays(problem)
         entering = scan_with(problem, decays, Pass(dz, dy=None if dz is None else dy, initial=initial, keep=True))
         back = Pass(dx, reverse=True, dy=dy, initial=dfinal, final=dinitial, keep=True)
         leaving = scan_with(problem, decays, back)
         chunks = _chunks(problem, decays, dy, entering, leaving)
-        dB, dC = _pairs(problem, chunks)
-        dD, partial = _sums(problem, chunks)
-        ddt, dA, dbias = _finish(problem, decays, partial)
-    return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
+        dB, dC, dD, found = _pairs(problem, chunks)
+        found = finish_sums(problem, decays, found, dB, dC)
+    dD = found["dD"] if dD is None else dD
+    return dx, found["ddt"], found["dA"], found["dB"], found["dC"], dD, dz, found["dbias"], dinitial
 
 
-def _prepare(problem: Problem) -> Decays:
+def make_decays(problem: Problem) -> Decays:
+    """Δ and the running sums of log decays of each chunk."""
     shape = (problem.h, problem.slots, problem.chunk)
     found = {name: problem.empty(*shape) for name in ("step", "decay")}
     decays = {**found, "whole": problem.empty(*shape) if problem.exact else None}
@@ -151,11 +153,40 @@ def _launch_scan(problem: Problem, decays: Decays, wanted: Pass, segments: int, 
     elif n * p > _CELLS:
         warps *= 2
     arguments = {**tensors, **strides, **skip_strides(D), **decays, **problem.sizes(), **tiles, **rest}
-    arguments |= {"D": D, "cu_seqlens": problem.tensors["cu_seqlens"], "SEGMENTS": segments}
+    arguments |= {"D": D, "cu_seqlens": problem.tensors["cu_seqlens"], "SEGMENTS": segments, "before": 0}
     arguments |= {"REVERSE": wanted.reverse, "CAREFUL": wanted.keep}
     arguments["STAGES"] = problem.stages(q * (p + matrices * n), q * q + n * p, most)
     if programs := problem.blocks * problem.rows * segments:
         launch(scan, programs, arguments, {"num_warps": warps})
+
+
+def scan_both_ways(
+    problem: Problem, decays: Decays, dy: Tensor, dfinal: Tensor | None, dinitial: Tensor | None
+) -> tuple[States, States]:
+    """The states that enter the chunks and the gradients of those that leave them, in one launch where the rows are
+    many or long; ``dinitial`` is written."""
+    given, segments = problem.tensors, problem.segments_of_states()
+    entering, leaving = problem.kept_states(), problem.kept_states()
+    tensors = {"x": given["x"], "dy": dy, "B": given["B"], "C": given["C"]}
+    strides = {k: v for name, t in tensors.items() for k, v in stride_arguments(name, t, _axes(name)).items()}
+    (most, warps), (q, p, n) = _STATES, (problem.tiles[name] for name in "QPN")
+    half = problem.blocks * problem.rows * segments
+    tensors |= {"initial": given["initial"], "dfinal": dfinal, "cu_seqlens": given["cu_seqlens"]}
+    rest = {"half": half, "SEGMENTS": segments, "STAGES": problem.stages(q * (p + n), q * q + n * p, most)}
+    arguments = {**tensors, **strides, **decays, **problem.sizes(), **problem.tiles, **rest}
+    targets = {"states": entering[0], "scales": entering[1], "dstates": leaving[0], "dscales": leaving[1]}
+    targets["dinitial"] = dinitial
+    ends: dict[str, Tensor | None] = dict.fromkeys(("ends", "totals", "dends", "dtotals"))
+    if segments > 1:
+        for way in ("", "d"):
+            ends[way + "ends"] = problem.empty(problem.rows * segments, problem.h, problem.p, problem.n)
+            ends[way + "totals"] = problem.empty(problem.rows * segments, problem.h)
+        nothing = dict.fromkeys(targets)
+        launch(
+            _kernels.scan_both_ways, 2 * half, {**arguments, **nothing, **ends, "SUMMARY": True}, {"num_warps": warps}
+        )
+    launch(_kernels.scan_both_ways, 2 * half, {**arguments, **targets, **ends, "SUMMARY": False}, {"num_warps": warps})
+    return entering, leaving
 
 
 def _axes(name: str) -> str:
@@ -172,53 +203,62 @@ def _chunks(problem: Problem, decays: Decays, dy: Tensor, entering: States, leav
     return {**tensors, **strides, **decays, **states, **rows, **problem.sizes(), **problem.tiles}
 
 
-def _pairs(problem: Problem, chunks: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The gradients of B and C."""
-    shares, (most, warps) = problem.shares(), _PAIRS
+def _pairs(problem: Problem, chunks: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Decays]:
+    """Shares in the gradients of B and C, that of D (h, p), and what `finish` puts together."""
+    (most, warps), D = _PAIRS, problem.tensors["D"]
     q, p, n = (problem.tiles[name] for name in "QPN")
-    dtype = problem.dtype if shares == 1 else torch.float32
-    dBC = problem.empty(2, shares, problem.b, problem.l, problem.g, problem.n, dtype=dtype)
-    rest = {"dB": dBC[0], "dC": dBC[1], "groups": problem.g, "shares": shares, "tokens": problem.b * problem.l}
-    rest["STAGES"] = 1 if problem.short else problem.stages(2 * (q + n) * p, 2 * q * n + q * q, most)
-    if programs := problem.slots * problem.g * shares:
-        launch(pairs, programs, {**chunks, **rest}, {"num_warps": warps})
-    dB, dC = (dBC[:, 0] if shares == 1 else dBC.sum(1)).unbind()
-    return dB, dC
+    some = min(_SOME, n)
+    parts = n // some
+    shares = problem.shares(parts)
+    dB, dC = problem.shared_gradients(shares)
+    dD = problem.empty(problem.slots, problem.blocks, p) if D is not None and D.ndim == 2 else None
+    found = sums_of_tokens(problem, parts, parts, some)
+    rest = {"groups": problem.g, "shares": shares, "tokens": problem.b * problem.l, "SOME": some}
+    rest["STAGES"] = 1 if problem.short else problem.stages(2 * (q + some) * p, 2 * q * some + q * q, most)
+    results = {"dB": dB, "dC": dC, "dD": dD}
+    if programs := problem.slots * problem.g * shares * parts:
+        launch(pairs, programs, {**chunks, **found, **results, **rest}, {"num_warps": warps})
+    if dD is not None:
+        dD = dD.sum(0).view(problem.h, -1)[:, : problem.p]
+    return dB, dC, dD, found
 
 
-def _sums(problem: Problem, chunks: dict[str, Any]) -> tuple[Tensor | None, Decays]:
-    """The gradient of D, and what `finish` puts together."""
+def sums_of_tokens(problem: Problem, crossings: int, parts: int, some: int) -> Decays:
+    """Room for what `finish` puts together: of each block ``crossings`` lines of what crosses its tokens and ``parts``
+    of all else, with ``some`` sums of what passes through the chunk."""
     D = problem.tensors["D"]
-    dD = None if D is None else problem.empty(problem.slots, problem.h, problem.p)
-    of_tokens = {
-        name: problem.empty(problem.blocks, problem.slots, problem.chunk)
-        for name in ("crossing", "within", "writes", "direct")
-        if problem.exact or name != "within"
+
+    def lines(count: int, size: int = problem.chunk) -> Tensor:
+        return problem.empty(problem.blocks, count, problem.slots, size)
+
+    return {
+        "crossing": lines(crossings),
+        "within": lines(parts) if problem.exact else None,
+        "writes": lines(parts),
+        "direct": lines(parts),
+        "skips": lines(parts) if D is not None and D.ndim == 1 else None,
+        "passed": lines(parts, some),
     }
-    found = {"within": None, **of_tokens, "passed": problem.empty(problem.blocks, problem.slots)}
-    (most, warps), tiles = _SUMS, problem.tiles
-    some = min(_SOME, tiles["N"])
-    (q, p), most = (tiles[name] for name in "QP"), 1 if problem.short else most
-    stages = problem.stages(2 * some * (q + p), q * (q + 2 * p), most)
-    if programs := problem.slots * problem.blocks:
-        launch(sums, programs, {**chunks, **found, "dD": dD, "SOME": some, "STAGES": stages}, {"num_warps": warps})
-    if dD is not None and D is not None:
-        dD = dD.sum((0, 2) if D.ndim == 1 else 0)
-    return dD, found
 
 
-def _finish(problem: Problem, decays: Decays, partial: Decays) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of dt, A and dt_bias."""
-    dt = problem.tensors["dt"]
+def finish_sums(problem: Problem, decays: Decays, found: Decays, dB: Tensor, dC: Tensor) -> dict[str, Tensor | None]:
+    """The gradients of dt, A, dt_bias and D (h), and those of B and C from their shares; None is one that is not there,
+    or not here."""
+    dt, crossing, passed = problem.tensors["dt"], found["crossing"], found["passed"]
     assert dt is not None
+    assert crossing is not None
+    assert passed is not None
+    there = {"dA": True, "dbias": problem.tensors["bias"] is not None, "dD": found["skips"] is not None}
+    of_heads = {name: problem.empty(problem.slots, problem.h) if wanted else None for name, wanted in there.items()}
     ddt = problem.empty(*dt.shape, dtype=dt.dtype)
-    of_heads = problem.empty(1 if problem.tensors["bias"] is None else 2, problem.slots, problem.h)
-    dA, *dbias = of_heads.unbind()
-    results = {"ddt": ddt, "dA": dA, "dbias": dbias[0] if dbias else None}
-    rest = {**partial, **results, "step": decays["step"], "blocks": problem.blocks // problem.h}
-    _launch_steps(finish, problem, rest)
-    dA, *dbias = of_heads.sum(1).unbind()
-    return ddt, dA, dbias[0] if dbias else None
+    each = problem.blocks // problem.h
+    rest = {"blocks": each * passed.shape[1], "crossings": each * crossing.shape[1], "SOME": passed.shape[3]}
+    _launch_steps(finish, problem, {**found, **of_heads, **rest, "ddt": ddt, "step": decays["step"]})
+    shares, dtypes = {**of_heads, "dB": dB, "dC": dC}, [torch.float32] * 3 + [problem.dtype] * 2
+    if dB.shape[0] == 1:
+        shares |= {"dB": None, "dC": None}
+    totals = dict(zip(shares, sums(list(shares.values()), dtypes), strict=True))
+    return {"ddt": ddt, **totals} if dB.shape[0] > 1 else {"ddt": ddt, **totals, "dB": dB[0], "dC": dC[0]}
 
 
 def _advance(problem: Problem, y: Tensor, state: Tensor | None) -> None:
