@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mambalm.ops import triton_support
+from mambalm.ops import triton_sums, triton_support
 from mambalm.ops.ssd import _gluon_kernels, _launch, gluon
 from mambalm.ops.ssd import triton as backend
 
@@ -39,19 +39,9 @@ CASES: tuple[tuple[torch.dtype, tuple[int, ...], str], ...] = (
     (torch.bfloat16, (2, 37, 16, 64, 128, 2), "gate states"),
 )
 MOST = "90"  # the target for which all of them are compiled, for others the first
-HOPPER = "90"  # the target for which the outputs of some are made by a kernel of its own
-GLUON = _gluon_kernels.scan
+HOPPER = "90"  # the target for which the outputs and the gradients of some are made by kernels of its own
+GLUON = (_gluon_kernels.scan, _gluon_kernels.chunks)
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]
-
-
-class Noted:
-    """In place of the Gluon kernel: a launch becomes a line in ``found``."""
-
-    def __init__(self, found: list[Launch]) -> None:
-        self.found = found
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda num_warps, **arguments: self.found.append((GLUON, arguments, {"num_warps": num_warps}))
 
 
 def launches(dtype: torch.dtype, sizes: tuple[int, ...], there: str, target: str) -> list[Launch]:
@@ -78,11 +68,12 @@ def launches(dtype: torch.dtype, sizes: tuple[int, ...], there: str, target: str
     shared, processors = DEVICES[target]
     with (
         mock.patch.object(backend, "launch", note),
+        mock.patch.object(triton_sums, "launch", note),
         mock.patch.object(triton_support, "shared_memory", return_value=shared),
         mock.patch.object(backend, "multiplies_from_shared", return_value=target not in ("80", "89")),
         mock.patch.object(_launch, "processors", return_value=processors),
         mock.patch.object(gluon, "processors", return_value=processors),
-        mock.patch.object(_gluon_kernels, "scan", Noted(found)),
+        mock.patch.object(gluon, "launch", note),
         mock.patch.object(torch.version, "hip", None if target.isdecimal() else "6"),
     ):
         given = arguments(l)
@@ -91,6 +82,7 @@ def launches(dtype: torch.dtype, sizes: tuple[int, ...], there: str, target: str
         backend.forward(*arguments(1), final=True, save=False)
         if target == HOPPER:
             gluon.forward(*given, final="states" in there, save=True)
+            gluon.backward(empty(b, l, h, p), final if "states" in there else None, *given, None)
     return found
 
 
@@ -98,7 +90,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
     """The launch compiled, specialised to its arguments as Triton does."""
     kernel, _, options = launch
     gpu = GPUTarget("cuda", int(target), 32) if target.isdecimal() else GPUTarget("hip", target, 64)
-    source = GluonASTSource if kernel is GLUON else ASTSource
+    source = GluonASTSource if kernel in GLUON else ASTSource
     return triton.compile(source(kernel, *specialised(launch)), target=gpu, options=options)
 
 
@@ -124,7 +116,7 @@ def argument_type(value: Any, general: bool) -> str:
     if isinstance(value, Tensor):
         return NAMES[value.dtype]
     if isinstance(value, TensorDescriptor):
-        return f"tensordesc<bf16{list(value.block_shape)},{value.layout!r}>"
+        return f"tensordesc<{NAMES[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
     if value is None or (isinstance(value, int) and value == 1 and not general):
         return "constexpr"
     return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"

@@ -66,9 +66,11 @@ def test_against_reference(
 
 @pytest.mark.parametrize("backend", BOTH)
 @pytest.mark.parametrize("states", [True, False])
-@pytest.mark.parametrize(("b", "l", "h", "g"), [(2, 64, 16, 1), (3, 257, 16, 2), (1, 2000, 16, 2), (4, 700, 80, 1)])
+@pytest.mark.parametrize(
+    ("b", "l", "h", "g"), [(2, 64, 16, 1), (3, 257, 16, 2), (1, 2000, 16, 2), (4, 700, 80, 1), (2, 150, 7, 1)]
+)
 def test_without_a_gate(b: int, l: int, h: int, g: int, states: bool, backend: str) -> None:
-    """What Mamba-2's layers call, and what the Hopper kernel takes whole: odd lengths, ranges that end in a row."""
+    """What Mamba-2's layers call, and what the Hopper kernels take whole: odd lengths, ranges that end in a row."""
     args = on_gpu(arguments(b, l, h, 64, 128, g, dtype=torch.bfloat16))
     weights = output_weights(args)
     del args["z"]
@@ -82,6 +84,15 @@ def test_without_a_gate(b: int, l: int, h: int, g: int, states: bool, backend: s
     exact, rounded = (gradients(run("reference"), a, weights[:1]) for a in (doubled(args), args))
     found = gradients(run(backend), args, weights[:1])
     return assert_no_worse(found, rounded_states(rounded, exact, torch.bfloat16), exact)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("offsets", [[0, 0, 1, 7, 16, 16, 200, 256, 300, 300], [0, 1100, 1200]])
+def test_packed_without_a_gate(offsets: list[int], backend: str) -> None:
+    args = on_gpu(arguments(1, offsets[-1], 16, 64, 128, 2, rows=len(offsets) - 1, dtype=torch.bfloat16))
+    weights = output_weights(args)
+    del args["z"]
+    check(gradients(scan(backend, offsets), args, weights), args, weights, offsets)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

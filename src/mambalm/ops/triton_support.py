@@ -100,9 +100,12 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], options: dict[
 
 
 def _kind(value: Any) -> Any:
-    """What Triton compiles for: a tensor's dtype and alignment; whether an integer is 1, a multiple of 16, or wide."""
+    """What Triton compiles for: a tensor's dtype and alignment; whether an integer is 1, a multiple of 16, or wide; a
+    descriptor's dtype, tile and layout."""
     if isinstance(value, Tensor):
         return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype,)
+    if hasattr(value, "block_shape"):
+        return value.base.dtype, *value.block_shape, value.layout
     if isinstance(value, int):
         return 1 if value == 1 else (value % 16 == 0, value < 2**31)
     return value

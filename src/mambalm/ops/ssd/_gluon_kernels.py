@@ -1,8 +1,8 @@
-"""ssd's scan for Hopper GPUs in Gluon, Triton's lower level: one launch, warps with one task each.
+"""ssd's kernels for Hopper GPUs in Gluon, Triton's lower level: warps with one task each, tiles by the copy engine.
 
-What plain Triton's `scan` computes, for heads of P = 64 channels, N = 128 states and bfloat16, transposed throughout:
-the state (p, n) stays in a warpgroup's accumulator, and rounded it is the register operand of the outputs' product, so
-that the recurrence from chunk to chunk never goes through memory.
+For heads of P = 64 channels, N = 128 states and bfloat16. `scan` is plain Triton's for y, in one launch and transposed
+throughout: the state (p, n) stays in a warpgroup's accumulator, and rounded it is the register operand of the outputs'
+product, so that the recurrence from chunk to chunk never goes through memory.
 
 A program has two warpgroups that compute, one head each, and share the tiles of keys and queries; a warp that copies
 tiles in, STAGES chunks ahead; and two warps that make the decays of a chunk from their running sums, one per head.
@@ -11,6 +11,13 @@ Units (a pair of heads, a row, one of SEGMENTS pieces of it) times chunks are cu
 range ends in the middle of a unit: the program takes that part first and hands the state to the next program through
 memory, so that none waits while ranges are longer than units. Ranges are given out in the order in which programs
 start: one that waits, waits for one that runs.
+
+`chunks` makes the gradients of one chunk and some heads of a group, from the states that enter the chunk and the
+gradients of those that leave it, as plain Triton's `keep` stored them: dx, the sums over these heads for dB and dC,
+and token by token what `finish` needs. A program has three warpgroups that compute, each for all of its heads one after
+the other: one sums dC and what the outputs read from the state that enters, one sums dB and what passes through the
+chunk, one makes dx and all that stays within the chunk. A warp copies tiles in, STAGES heads ahead, another makes their
+decays. All its tiles are 64 x 64.
 """
 
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -303,4 +310,346 @@ def scan(
         ],
         [4, 1, 1, 1],
         [232, 40, 40, 40],
+    )  # fmt: skip
+
+
+# Of one head, a line of a value for each token: the sums of log decays, the steps; the factors of what the outputs read
+# from the state, of what dB and dx get from the state's gradient; by what the float16 of x and dy are multiplied, the
+# factor of what passes through, and D.
+LINES = gl.constexpr(9)
+SUMS, STEP, READ, KEYS, INFLOW, X, DY, THROUGH, SKIP = (gl.constexpr(k) for k in range(9))
+
+
+@gluon.jit
+def locate(cu_seqlens, slot, length, rows, Q: gl.constexpr):
+    """First token of a slot's chunk, in all rows, and how many it has; see plain Triton's `locate_slot`."""
+    if cu_seqlens is None:
+        chunks = (length + Q - 1) // Q
+        begin = slot % chunks * Q
+        token, left = slot // chunks * length + begin, length - begin
+    else:
+        low, high = slot * 0, slot * 0 + rows
+        while high - low > 1:
+            middle = (low + high) // 2
+            if gl.load(cu_seqlens + middle) // Q + middle <= slot:
+                low = middle
+            else:
+                high = middle
+        start = gl.load(cu_seqlens + low)
+        token = start + (slot - start // Q - low) * Q
+        left = gl.load(cu_seqlens + low + 1) - token
+    return token, left
+
+
+@gluon.jit
+def fit(keys, fitted, Q: gl.constexpr):
+    """The keys as float16, divided by the power of two that is returned."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    low, high = keys.index(0).load(layout).to(gl.float32), keys.index(1).load(layout).to(gl.float32)
+    most = gl.max(gl.max(gl.maximum(gl.abs(low), gl.abs(high)), axis=1), axis=0)
+    bits = gl.maximum(most.to(gl.int32, bitcast=True) & 0x7F800000, 15 << 23)
+    inverse = ((254 << 23) - bits + (14 << 23)).to(gl.float32, bitcast=True)
+    fitted.index(0).store((low * inverse).to(gl.float16))
+    fitted.index(1).store((high * inverse).to(gl.float16))
+    return (bits - (14 << 23)).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def copy_heads(
+    x_desc, dy_desc, states_desc, dstates_desc, inputs, states, full, empty, token, slot, first, count, heads,
+    STAGES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    for i in range(count):
+        stage = i % STAGES
+        head = first + i
+        corner = (slot * heads + head) * N
+        ready = full.index(stage)
+        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+        mbarrier.expect(ready, 4 * P * (Q + N))
+        copy_in(x_desc, [token, head * P], ready, inputs.index(stage * 2))
+        copy_in(dy_desc, [token, head * P], ready, inputs.index(stage * 2 + 1))
+        for half in gl.static_range(2):
+            copy_in(states_desc, [corner + half * (N // 2), 0], ready, states.index(stage * 4 + half))
+            copy_in(dstates_desc, [corner + half * (N // 2), 0], ready, states.index(stage * 4 + 2 + half))
+
+
+@gluon.jit
+def weigh_heads(
+    step, decay, scales, dscales, D, lines, full, empty, keys_by, slot, first, count, D_h, heads, slots,
+    STAGES: gl.constexpr, Q: gl.constexpr,
+):  # fmt: skip
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    t = gl.arange(0, Q, layout)
+    for i in range(count):
+        stage = i % STAGES
+        head = first + i
+        at = (head.to(gl.int64) * slots + slot) * Q
+        corner = (slot.to(gl.int64) * heads + head) * 2
+        sums = gl.load(decay + at + t)
+        size = gl.load(step + at + t)
+        total = gl.load(decay + at + Q - 1)
+        by, x_by = gl.load(scales + corner), gl.load(scales + corner + 1)
+        dby, dy_by = gl.load(dscales + corner), gl.load(dscales + corner + 1)
+        skip = 0.0
+        if D is not None:
+            skip = gl.load(D + head * D_h).to(gl.float32)
+        same = gl.full([Q], 1.0, gl.float32, layout)
+        end = gl.exp2(total - sums)
+        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+        k = stage * LINES
+        lines.index(k + SUMS).store(sums)
+        lines.index(k + STEP).store(size)
+        lines.index(k + READ).store(gl.exp2(sums) * (by * dy_by))
+        lines.index(k + KEYS).store(end * size * (dby * x_by))
+        lines.index(k + INFLOW).store(end * (dby * keys_by))
+        lines.index(k + X).store(same / x_by)
+        lines.index(k + DY).store(same / dy_by)
+        lines.index(k + THROUGH).store(same * gl.exp2(total) * (by * dby))
+        lines.index(k + SKIP).store(same * skip)
+        mbarrier.arrive(full.index(stage), count=1)
+
+
+@gluon.jit
+def sum_pairs(
+    out, sums, inputs, states, lines, places, own, others, dscores, full, empty, ready,
+    token, left, slot, first, count, slots, group, groups, share, tokens,
+    QUERIES: gl.constexpr, STAGES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """QUERIES: dC, and what each output reads (heads, 3, slots, Q); otherwise dB, and what passes (heads, 1, slots,
+    P). ``own`` are the tiles of C or B, ``others`` those of B or C."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    inside = gl.expand_dims(gl.arange(0, Q, gl.SliceLayout(1, operand)) < left, 1)
+    i_row = gl.arange(0, Q, gl.SliceLayout(1, layout))
+    low = gl.zeros([Q, N // 2], gl.float32, layout)
+    high = gl.zeros([Q, N // 2], gl.float32, layout)
+    for i in range(count):
+        stage = i % STAGES
+        k = stage * LINES
+        head = first + i
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        values = inputs.index(stage * 2 + (1 if QUERIES else 0)).load(operand).to(gl.float32)
+        inverse = lines.index(k + (DY if QUERIES else X)).load(gl.SliceLayout(1, operand))
+        values = gl.where(inside, values * gl.expand_dims(inverse, 1), 0.0).to(gl.float16)
+        factor = gl.expand_dims(lines.index(k + (READ if QUERIES else KEYS)).load(gl.SliceLayout(1, layout)), 1)
+        of = stage * 4 + (0 if QUERIES else 2)
+        zero = gl.zeros([Q, N // 2], gl.float32, layout)
+        new = warpgroup_mma(values, states.index(of).permute((1, 0)), zero, use_acc=False, is_async=True)
+        new = warpgroup_mma_wait(0, deps=[new])
+        new *= factor
+        low += new
+        if QUERIES:
+            reads = gl.sum(new * own.index(0).load(layout).to(gl.float32), axis=1)
+        # What comes before a wait, even for what is there, is done before it. Left to ptxas all sums would come last.
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        new = warpgroup_mma(values, states.index(of + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        new = warpgroup_mma_wait(0, deps=[new])
+        new *= factor
+        high += new
+        if QUERIES:
+            reads += gl.sum(new * own.index(1).load(layout).to(gl.float32), axis=1)
+            gl.store(sums + (head.to(gl.int64) * 3 * slots + slot) * Q + i_row, reads)
+        else:  # the trace of a product is the sum of all products of the elements
+            mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+            low_t, high_t = states.index(of - 2).permute((1, 0)), states.index(of - 1).permute((1, 0))
+            new = warpgroup_mma(low_t, states.index(of), zero, use_acc=False, is_async=True)
+            new = warpgroup_mma(high_t, states.index(of + 1), new, is_async=True)
+            new = warpgroup_mma_wait(0, deps=[new])
+            row, column = places.load(gl.SliceLayout(1, layout)), places.load(gl.SliceLayout(0, layout))
+            through = gl.sum(gl.where(gl.expand_dims(row, 1) == gl.expand_dims(column, 0), new, 0.0), axis=1)
+            through *= lines.index(k + THROUGH).load(gl.SliceLayout(1, layout))
+            gl.store(sums + (head.to(gl.int64) * slots + slot) * P + i_row, through)
+        barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+    mbarrier.wait(ready.index(0), 0)
+    within = dscores.permute((1, 0)).load(operand) if QUERIES else dscores.load(operand)
+    low = warpgroup_mma(within, others.index(0), low, is_async=True)
+    high = warpgroup_mma(within, others.index(1), high, is_async=True)
+    low, high = warpgroup_mma_wait(0, deps=[low, high])
+    row = gl.expand_dims(i_row, 1)
+    n = gl.expand_dims(gl.arange(0, N // 2, gl.SliceLayout(0, layout)), 0)
+    at = out + ((share.to(gl.int64) * tokens + token + row) * groups + group) * N + n
+    gl.store(at, low.to(out.dtype.element_ty), mask=row + n * 0 < left)
+    gl.store(at + N // 2, high.to(out.dtype.element_ty), mask=row + n * 0 < left)
+
+
+@gluon.jit
+def within_chunk(
+    dx_desc, dx, crossing, writes, direct, skips,
+    inputs, states, lines, places, keys, queries, fitted, kept, results, full, empty, ready,
+    token, left, slot, first, count, slots, heads,
+    STAGES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """dx and the sums token by token. Matrices of scores are transposed: (input token, output token)."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    i_row, i_column = gl.arange(0, Q, gl.SliceLayout(1, layout)), gl.arange(0, Q, gl.SliceLayout(0, layout))
+    zero = gl.zeros([Q, Q], gl.float32, layout)
+    scores = warpgroup_mma(keys.index(0), queries.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    scores = warpgroup_mma(keys.index(1), queries.index(1).permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    kept.store(scores)  # for want of registers
+    changes = gl.zeros([Q, Q], gl.float32, layout)
+    for i in range(count):
+        stage = i % STAGES
+        k = stage * LINES
+        head = first + i
+        x, dy = inputs.index(stage * 2), inputs.index(stage * 2 + 1)
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        if left < Q:
+            clear_rest(x, left, P, Q)
+            clear_rest(dy, left, P, Q)
+            fence_async_shared()
+            barrier()
+        zero = gl.zeros([Q, Q], gl.float32, layout)
+        weights = warpgroup_mma(x, dy.permute((1, 0)), zero, use_acc=False, is_async=True)
+        start_of = gl.expand_dims(lines.index(k + SUMS).load(gl.SliceLayout(1, layout)), 1)
+        start_to = gl.expand_dims(lines.index(k + SUMS).load(gl.SliceLayout(0, layout)), 0)
+        size = gl.expand_dims(lines.index(k + STEP).load(gl.SliceLayout(1, layout)), 1)
+        # Loaded each time: comparisons made before the loop would be kept in registers, of which there are too few.
+        of = gl.expand_dims(places.load(gl.SliceLayout(1, layout)), 1)
+        to = gl.expand_dims(places.load(gl.SliceLayout(0, layout)), 0)
+        at = (head.to(gl.int64) * slots + slot) * Q
+        between = gl.where(to >= of, gl.exp2(start_to - start_of), 0.0)
+        shares = gl.convert_layout((kept.load(layout) * between).to(gl.bfloat16), operand)
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        weights = warpgroup_mma_wait(0, deps=[weights])
+        if skips is not None:
+            gl.store(skips + at + i_row, gl.sum(gl.where(to == of, weights, 0.0), axis=1))
+        weights *= between
+        changes += weights * size
+        weights *= kept.load(layout)
+        inward = gl.sum(weights, axis=1)
+        crossed = gl.sum(weights * size, axis=0)
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        zero = gl.zeros([Q, P], gl.float32, layout)
+        result = warpgroup_mma(fitted.index(0), states.index(stage * 4 + 2), zero, use_acc=False, is_async=True)
+        result = warpgroup_mma(fitted.index(1), states.index(stage * 4 + 3), result, is_async=True)
+        line = (head.to(gl.int64) * 3 * slots + slots + slot) * Q
+        gl.store(crossing + line + i_column, crossed)
+        factor = gl.expand_dims(lines.index(k + INFLOW).load(gl.SliceLayout(1, layout)), 1)
+        result = warpgroup_mma_wait(0, deps=[result])
+        result *= factor
+        written = gl.sum(result * x.load(layout).to(gl.float32), axis=1)
+        result = warpgroup_mma(shares, dy, result, is_async=True)
+        of_step = lines.index(k + STEP).load(gl.SliceLayout(1, layout))
+        gl.store(crossing + line + slots * Q + i_row, -inward * of_step)
+        gl.store(writes + at + i_row, written * of_step)
+        gl.store(direct + at + i_row, inward + written)
+        skip = gl.expand_dims(lines.index(k + SKIP).load(gl.SliceLayout(1, layout)), 1)
+        skipped = dy.load(layout).to(gl.float32) * skip
+        result = warpgroup_mma_wait(0, deps=[result])
+        result = result * size + skipped
+        tma.store_wait(0)
+        barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+        results.store(result.to(gl.bfloat16))
+        fence_async_shared()
+        barrier()
+        if left < Q:
+            row = gl.expand_dims(gl.arange(0, Q, gl.SliceLayout(1, flat)), 1)
+            p = gl.expand_dims(gl.arange(0, P, gl.SliceLayout(0, flat)), 0)
+            corner = dx + (token.to(gl.int64) * heads + head) * P
+            gl.store(corner + row * heads * P + p, results.load(flat), mask=row + p * 0 < left)
+        else:
+            copy_out(dx_desc, [token, head * P], results)
+    tma.store_wait(0)
+    barrier()
+    results.store(changes.to(gl.bfloat16))
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(ready.index(0), count=1)
+
+
+@gluon.jit(do_not_specialize=("D_h", "length", "heads", "per_group", "groups", "rows", "slots", "shares", "tokens"))
+def chunks(
+    x_desc, dy_desc, keys_desc, queries_desc, states_desc, dstates_desc, dx_desc, dx, dB, dC, D, cu_seqlens, step,
+    decay, scales, dscales, crossing, writes, direct, skips, passed,
+    D_h, length, heads, per_group, groups, rows, slots, shares, tokens,
+    STAGES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """dx (b, l, h, p); dB and dC (shares, b l, g, n); crossing (h, 3, slots, Q); writes, direct and, with D, skips (h,
+    1, slots, Q); passed (h, 1, slots, P)."""
+    slot = gl.program_id(0) // (groups * shares)
+    group = gl.program_id(0) // shares % groups
+    share = gl.program_id(0) % shares
+    token, left = locate(cu_seqlens, slot, length, rows, Q)
+    each = (per_group + shares - 1) // shares
+    first = gl.minimum(share * each, per_group)
+    count = gl.where(left > 0, gl.minimum(first + each, per_group) - first, 0)
+    first += group * per_group
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    inputs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, Q, P], x_desc.layout)
+    states = gl.allocate_shared_memory(gl.float16, [STAGES * 4, N // 2, P], states_desc.layout)
+    keys = gl.allocate_shared_memory(gl.bfloat16, [2, Q, N // 2], keys_desc.layout)
+    queries = gl.allocate_shared_memory(gl.bfloat16, [2, Q, N // 2], queries_desc.layout)
+    fitted = gl.allocate_shared_memory(gl.float16, [2, Q, N // 2], states_desc.layout)
+    scores = gl.allocate_shared_memory(gl.float32, [1, Q, Q], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    results = gl.allocate_shared_memory(gl.bfloat16, [1, Q, P], dx_desc.layout)
+    lines = gl.allocate_shared_memory(gl.float32, [STAGES * LINES, Q], line)
+    places = gl.allocate_shared_memory(gl.int32, [Q], line)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for k in gl.static_range(STAGES):
+        mbarrier.init(full.index(k), count=2)
+        mbarrier.init(empty.index(k), count=3)
+    mbarrier.init(ready.index(0), count=1)
+    mbarrier.init(ready.index(1), count=1)
+    fence_async_shared()
+    mbarrier.expect(ready.index(1), 4 * Q * N)
+    for half in gl.static_range(2):
+        copy_in(keys_desc, [token, group * N + half * (N // 2)], ready.index(1), keys.index(half))
+        copy_in(queries_desc, [token, group * N + half * (N // 2)], ready.index(1), queries.index(half))
+    mbarrier.wait(ready.index(1), 0)
+    if left < Q:
+        for half in gl.static_range(2):
+            clear_rest(keys.index(half), left, N // 2, Q)
+            clear_rest(queries.index(half), left, N // 2, Q)
+    keys_by = fit(keys, fitted, Q)
+    places.store(gl.arange(0, Q, gl.BlockedLayout([1], [32], [4], [0])))
+    fence_async_shared()
+    barrier()
+    gl.warp_specialize(
+        [
+            (
+                within_chunk,
+                (
+                    dx_desc, dx, crossing, writes, direct, skips,
+                    inputs, states, lines, places, keys, queries, fitted, scores.index(0), results.index(0),
+                    full, empty, ready, token, left, slot, first, count, slots, heads, STAGES, Q, P, N,
+                ),
+            ),
+            (
+                sum_pairs,
+                (
+                    dC, crossing, inputs, states, lines, places, queries, keys, results.index(0), full, empty, ready,
+                    token, left, slot, first, count, slots, group, groups, share, tokens, True, STAGES, Q, P, N,
+                ),
+            ),
+            (
+                sum_pairs,
+                (
+                    dB, passed, inputs, states, lines, places, keys, queries, results.index(0), full, empty, ready,
+                    token, left, slot, first, count, slots, group, groups, share, tokens, False, STAGES, Q, P, N,
+                ),
+            ),
+            (
+                copy_heads,
+                (
+                    x_desc, dy_desc, states_desc, dstates_desc, inputs, states, full, empty,
+                    token, slot, first, count, heads, STAGES, Q, P, N,
+                ),
+            ),
+            (
+                weigh_heads,
+                (
+                    step, decay, scales, dscales, D, lines, full, empty, keys_by,
+                    slot, first, count, D_h, heads, slots, STAGES, Q,
+                ),
+            ),
+        ],
+        [4, 4, 1, 1],
+        [144, 176, 24, 24],
     )  # fmt: skip

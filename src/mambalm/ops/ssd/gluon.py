@@ -1,4 +1,4 @@
-"""ssd on Hopper GPUs: outputs by a kernel in Gluon where it takes their shape, all else by plain Triton."""
+"""ssd on Hopper GPUs: outputs and gradients by kernels in Gluon where they know the shape, else by plain Triton."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,15 @@ from mambalm.ops.ssd import _gluon_kernels, _launch
 from mambalm.ops.ssd import triton as plain
 from mambalm.ops.ssd._launch import Problem, checkpoint_shape, skip_strides
 from mambalm.ops.ssd.arguments import Arguments
-from mambalm.ops.ssd.triton import Decays, Pass, States, backward
-from mambalm.ops.triton_support import processors
+from mambalm.ops.ssd.triton import Decays, Pass, States
+from mambalm.ops.triton_support import launch, on, processors
 
 __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
-# The kernel's sizes, chunks that are copied in ahead, and the shortest rows that are worth it.
+# The kernels' sizes, chunks or heads that are copied in ahead, and the shortest rows that are worth it.
 _CHANNELS, _STATES, _CHUNK, _STAGES, _SHORT = 64, 128, 64, 3, 64
+# What a program of the gradients takes beside its heads, in the time of one.
+_BESIDE = 4
 
 
 def supports(call: Call) -> str | None:
@@ -31,16 +33,27 @@ def forward(*arguments, final: bool, save: bool) -> tuple[Tensor, ...]:  # type:
     return plain.run_forward(Problem.of(Arguments(*arguments)), final, scan_rows)
 
 
-def takes(problem: Problem) -> bool:
-    """Whether the kernel makes the outputs; it knows no gate, and rows are those of the batch."""
+def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state."""
+    *inputs, _ = arguments
+    problem = Problem.of(Arguments(*inputs))
+    if problem.short or not fits(problem):
+        return plain.run_backward(problem, dy, dfinal_state, plain.scan_rows)
+    return _backward(problem, dy if _is_copied(dy) else dy.contiguous(), dfinal_state)
+
+
+def fits(problem: Problem) -> bool:
+    """Whether the kernels know the sizes and tensors of a call; they know no gate."""
     given, D = problem.tensors, problem.tensors["D"]
     sizes = (problem.p, problem.n, problem.chunk) == (_CHANNELS, _STATES, _CHUNK)
-    paired = problem.h // problem.g % 2 == 0
-    if not sizes or not paired or problem.dtype != torch.bfloat16 or problem.l < _SHORT or not problem.rows:
-        return False
-    if given["z"] is not None or given["cu_seqlens"] is not None:
+    if not sizes or problem.dtype != torch.bfloat16 or problem.l < _SHORT or not problem.rows or given["z"] is not None:
         return False
     return (D is None or D.ndim == 1) and all(_is_copied(given[name]) for name in "xBC")
+
+
+def takes(problem: Problem) -> bool:
+    """Whether the kernel makes the outputs: heads are paired, and rows are those of the batch."""
+    return fits(problem) and problem.h // problem.g % 2 == 0 and problem.tensors["cu_seqlens"] is None
 
 
 def _is_copied(t: Tensor | None) -> bool:
@@ -52,11 +65,22 @@ def _is_copied(t: Tensor | None) -> bool:
     return one_matrix and dense and t.stride(1) % 8 == 0 and t.data_ptr() % 16 == 0
 
 
-def _tokens(t: Tensor, width: int) -> TensorDescriptor:
+def _tokens(t: Tensor | None, width: int) -> TensorDescriptor:
     """``t`` (b, l, heads or groups, channels) for the copy engine, in tiles of a chunk's tokens."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    assert t is not None
     shape = [t.shape[0] * t.shape[1], t.shape[2] * t.shape[3]]
-    return TensorDescriptor(t, shape, [t.stride(1), 1], [_CHUNK, width], layout)
+    return TensorDescriptor(t, shape, [t.stride(1), 1], [_CHUNK, width], _swizzled())
+
+
+def _states(t: Tensor | None) -> TensorDescriptor:
+    """Kept states (slots, heads, n, p) for the copy engine, in halves."""
+    assert t is not None
+    rows = t.shape[0] * t.shape[1] * t.shape[2]
+    return TensorDescriptor(t, [rows, t.shape[3]], [t.shape[3], 1], [t.shape[2] // 2, t.shape[3]], _swizzled())
+
+
+def _swizzled() -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
 def _segments(problem: Problem) -> int:
@@ -82,32 +106,93 @@ def scan_rows(problem: Problem, decays: Decays, wanted: Pass) -> States:
     assert B is not None
     assert C is not None
     assert y is not None
-    _gluon_kernels.scan[(programs,)](
-        u_desc=_tokens(x, _CHANNELS),
-        key_desc=_tokens(B, _STATES),
-        query_desc=_tokens(C, _STATES),
-        out_desc=_tokens(y, _CHANNELS),
-        out=y,
-        D=D,
-        initial=wanted.initial,
-        step=decays["step"],
-        decay=decays["decay"],
+    arguments = {
+        "u_desc": _tokens(x, _CHANNELS),
+        "key_desc": _tokens(B, _STATES),
+        "query_desc": _tokens(C, _STATES),
+        "out_desc": _tokens(y, _CHANNELS),
+        "out": y,
+        "D": D,
+        "initial": wanted.initial,
+        "step": decays["step"],
+        "decay": decays["decay"],
         **ends,
-        final=wanted.final,
-        handed=problem.empty(2 * programs, _CHANNELS, _STATES),
-        flags=torch.zeros(2 * programs + 1, dtype=torch.int32, device=problem.device),
-        D_h=skip_strides(D)["D_h"],
-        length=problem.l,
-        heads=problem.h,
-        per_group=problem.h // problem.g,
-        slots=problem.slots,
-        total=problem.rows * segments * (problem.h // 2) * per_unit,
-        per_unit=per_unit,
-        SEGMENTS=segments,
-        STAGES=_STAGES,
-        Q=_CHUNK,
-        P=_CHANNELS,
-        N=_STATES,
-        num_warps=4,
-    )
+        "final": wanted.final,
+        "handed": problem.empty(2 * programs, _CHANNELS, _STATES),
+        "flags": torch.zeros(2 * programs + 1, dtype=torch.int32, device=problem.device),
+        "D_h": skip_strides(D)["D_h"],
+        "length": problem.l,
+        "heads": problem.h,
+        "per_group": problem.h // problem.g,
+        "slots": problem.slots,
+        "total": problem.rows * segments * (problem.h // 2) * per_unit,
+        "per_unit": per_unit,
+        "SEGMENTS": segments,
+        "STAGES": _STAGES,
+        "Q": _CHUNK,
+        "P": _CHANNELS,
+        "N": _STATES,
+    }
+    launch(_gluon_kernels.scan, programs, arguments, {"num_warps": 4})
     return None, None
+
+
+def _shares(problem: Problem) -> int:
+    """Programs that divide the heads of a group between them: as many as are done soonest."""
+    heads, programs = problem.h // problem.g, processors(problem.device)
+
+    def time(shares: int) -> int:
+        return -(-problem.slots * problem.g * shares // programs) * (-(-heads // shares) + _BESIDE)
+
+    return min(range(1, heads + 1), key=time)
+
+
+def _backward(problem: Problem, dy: Tensor, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As `backward`, where the kernel makes all but the states."""
+    given = problem.tensors
+    x, initial = given["x"], given["initial"]
+    assert x is not None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dinitial = None if initial is None else problem.new_states()
+    dfinal = None if dfinal_state is None else dfinal_state.contiguous()
+    with on(problem.device):
+        decays = plain.make_decays(problem)
+        entering, leaving = plain.scan_both_ways(problem, decays, dy, dfinal, dinitial)
+        shares = _shares(problem)
+        dB, dC = problem.shared_gradients(shares)
+        found = plain.sums_of_tokens(problem, 3, 1, _CHANNELS)
+        arguments = {
+            "x_desc": _tokens(x, _CHANNELS),
+            "dy_desc": _tokens(dy, _CHANNELS),
+            "keys_desc": _tokens(given["B"], _STATES // 2),
+            "queries_desc": _tokens(given["C"], _STATES // 2),
+            "states_desc": _states(entering[0]),
+            "dstates_desc": _states(leaving[0]),
+            "dx_desc": _tokens(dx, _CHANNELS),
+            "dx": dx,
+            "dB": dB,
+            "dC": dC,
+            "D": given["D"],
+            "cu_seqlens": given["cu_seqlens"],
+            "step": decays["step"],
+            "decay": decays["decay"],
+            "scales": entering[1],
+            "dscales": leaving[1],
+            **{name: found[name] for name in ("crossing", "writes", "direct", "skips", "passed")},
+            "D_h": skip_strides(given["D"])["D_h"],
+            "length": problem.l,
+            "heads": problem.h,
+            "per_group": problem.h // problem.g,
+            "groups": problem.g,
+            "rows": problem.rows,
+            "slots": problem.slots,
+            "shares": shares,
+            "tokens": problem.b * problem.l,
+            "STAGES": _STAGES,
+            "Q": _CHUNK,
+            "P": _CHANNELS,
+            "N": _STATES,
+        }
+        launch(_gluon_kernels.chunks, problem.slots * problem.g * shares, arguments, {"num_warps": 4})
+        found = plain.finish_sums(problem, decays, found, dB, dC)
+    return dx, found["ddt"], found["dA"], found["dB"], found["dC"], found["dD"], None, found["dbias"], dinitial
