@@ -1,4 +1,6 @@
-"""A product in parts is the product, cut; so are its gradients, and none is rounded on its way into a wider weight."""
+"""A product in parts is the product, cut; so are its gradients, and none is rounded on its way into a wider weight.
+
+One beside another reader of its input has the gradients of both."""
 
 import pytest
 import torch
@@ -7,8 +9,8 @@ from torch import Tensor
 
 from mambalm.diagnostics.verify import relative_error
 from mambalm.layers import Mamba, Mamba2
-from mambalm.layers.linear import Linear, in_parts
-from mambalm.ops.linear_parts import linear_parts
+from mambalm.layers.linear import Linear, beside, in_parts
+from mambalm.ops.linear_parts import linear_beside, linear_parts
 
 SIZES = (5, 0, 7, 3)
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -73,6 +75,66 @@ def test_frozen_weight_has_no_gradient() -> None:
     weight.requires_grad_(False)
     sum(part.sum() for part in linear_parts(x, weight, bias, SIZES)).backward()
     assert [t.grad is None for t in (x, weight, bias)] == [False, True, False]
+
+
+@pytest.mark.parametrize("readers", ["both", "product", "other"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_gradients_beside_another_reader(device: str, transposed: bool, readers: str) -> None:
+    x, weight, _ = arguments(device, torch.float64)
+    factors, other = torch.randn(2, 9, sum(SIZES), device=device), torch.randn(2, 11, 9, device=device).mT
+    other = other if transposed else other.contiguous()
+
+    def gradients(u: Tensor, y: Tensor) -> tuple[Tensor | None, ...]:
+        parts = {"product": (y * factors).sum(), "other": (u.square() * other).sum()}
+        loss = parts["product"] + parts["other"] if readers == "both" else parts[readers]
+        return torch.autograd.grad(loss, [x, weight], allow_unused=True)
+
+    found = gradients(*linear_beside(x * 3, weight))  # of no leaf, as in a layer
+    truth = gradients(u := x * 3, F.linear(u, weight))
+    for g, expected in zip(found, truth, strict=True):
+        assert (g is None) == (expected is None)
+        if g is not None:
+            torch.testing.assert_close(g, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_autocast_beside_another_reader(device: str) -> None:
+    x, weight, _ = arguments(device, torch.float32)
+    u = x.bfloat16()
+    with torch.autocast(device, torch.bfloat16):
+        other, y = linear_beside(u, weight)
+    weights = [torch.randn_like(t) for t in (other, y)]
+    du, dweight = torch.autograd.grad((other, y), (u, weight), [w.clone() for w in weights])
+    dy, rounded = weights[1].double().flatten(0, 1), weight.detach().bfloat16().double()
+    assert dweight.dtype == torch.float32
+    unrounded = device == "cuda" and torch.version.hip is None
+    assert relative_error(dweight, dy.T @ u.double().flatten(0, 1)) < (1e-5 if unrounded else 2**-8)
+    assert relative_error(du, weights[0].double() + (dy @ rounded).view(u.shape)) < 2**-8
+
+
+def test_frozen_weight_beside_another_reader() -> None:
+    x, weight, _ = arguments("cpu", torch.float32)
+    weight.requires_grad_(False)
+    other, y = linear_beside(x * 1, weight)
+    (other.sum() + y.sum()).backward()
+    torch.testing.assert_close(x.grad, (1 + weight.sum(0)).expand_as(x))
+
+
+@pytest.mark.gpu
+def test_layer_has_the_gradients_of_the_product_alone() -> None:
+    torch.manual_seed(0)
+    mixer = Mamba(64, device="cuda")
+    x = torch.randn(2, 65, 64, device="cuda", requires_grad=True)
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(mixer(x).square().sum(), [x, *mixer.parameters()])
+
+    joined = gradients()
+    assert beside(mixer.x_proj, torch.zeros(1, 1, 128, device="cuda"))[1].grad_fn.name() == "_BesideBackward"
+    mixer.x_proj.register_forward_hook(lambda *_: None)
+    for found, truth in zip(joined, gradients(), strict=True):
+        assert relative_error(found, truth.double()) < 1e-5
 
 
 @pytest.mark.gpu

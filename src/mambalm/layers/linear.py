@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from mambalm.layers.hooks import hooked
 from mambalm.ops.backends import is_plain, needs_grad
 from mambalm.ops.linear import linear
-from mambalm.ops.linear_parts import linear_parts
+from mambalm.ops.linear_parts import linear_beside, linear_parts, product_dtype
 
 
 class Linear(nn.Linear):
@@ -33,16 +34,35 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def in_parts(projection: nn.Module, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     """``projection(x).split(sizes, dim=-1)``; on a GPU the backward of a plain projection copies no part's gradient."""
-    if type(projection) is Linear and x.is_cuda and not _is_observed(projection):
-        weight, bias = projection.weight, projection.bias
+    if x.is_cuda and _is_plain_projection(projection):
+        weight, bias = _parameters(projection)
         fits = x.dtype == weight.dtype or torch.is_autocast_enabled("cuda")
         if fits and _is_trained(x, weight, bias):
             return linear_parts(x, weight, bias, sizes)
     return projection(x).split(sizes, dim=-1)
 
 
-def _is_trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return is_plain(x, weight, bias) and needs_grad(x, weight, bias)
+def beside(projection: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x and ``projection(x)``; on a GPU the backward of a plain projection adds its gradient of x to what x's other
+    reader gave, whose backward must have made that for nobody else."""
+    if x.is_cuda and _is_plain_projection(projection):
+        weight, bias = _parameters(projection)
+        fits = x.dtype == product_dtype(x) and (x.dtype == weight.dtype or torch.is_autocast_enabled("cuda"))
+        if fits and bias is None and _is_trained(x, weight):
+            return linear_beside(x, weight)
+    return x, projection(x)
+
+
+def _is_plain_projection(module: nn.Module) -> TypeGuard[Linear]:
+    return type(module) is Linear and not _is_observed(module)
+
+
+def _parameters(projection: Linear) -> tuple[Tensor, Tensor | None]:
+    return projection.weight, projection.bias
+
+
+def _is_trained(*tensors: Tensor | None) -> bool:
+    return is_plain(*tensors) and needs_grad(*tensors)
 
 
 def _is_observed(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from mambalm.layers.initialization import (
     step_bias,
     uniform,
 )
-from mambalm.layers.linear import Linear, in_parts, product
+from mambalm.layers.linear import Linear, beside, in_parts, product
 from mambalm.layers.recomputation import Recomputation, is_wanted
 from mambalm.layers.state import MambaState
 from mambalm.ops import rms_norm, selective_scan
@@ -197,7 +197,8 @@ class Mamba(nn.Module):
         u, conv = self.conv1d(*inputs)
         if again is not None:
             again.give(u, lambda *inputs: self.conv1d(*inputs)[0], *inputs)
-        delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        u, projected = beside(self.x_proj, u)
+        delta, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.bcdt_rms_eps is not None:
             delta, B, C = (rms_norm(t, eps=self.bcdt_rms_eps, backend=self.backend) for t in (delta, B, C))
         step = self.dt_proj(delta)
