@@ -40,7 +40,7 @@ class Training:
     recompute: bool = True  # as in `mambalm.layers.Mamba`
     kept: int = 0  # blocks that compute nothing again
     scans: int = 0  # blocks that compute the scan again as well
-    checkpointed: int = 0  # blocks of which nothing but the input is kept
+    layers: int = 0  # blocks of which nothing but the residual stream is kept
     length: int = 2048
 
 
@@ -49,9 +49,11 @@ TRAINING = (
     Training("130m", 32, 188e3, 64, 330e3, recompute=False),
     Training("1.4b", 16, 32.2e3, 98, 52e3, kept=14),
     Training("2.8b", 8, 17.6e3, 98, 28e3, kept=4),
-    Training("2.8b", 16, 14.3e3, 86, 24e3, scans=64, checkpointed=45),
+    Training("2.8b", 16, 14.3e3, 86, 24e3, scans=30, layers=34),
     Training("mamba2-130m", 32, None, None, None),
+    Training("mamba2-130m", 32, None, None, None, recompute=False),
     Training("mamba2-2.7b", 8, None, None, None),
+    Training("mamba2-2.7b", 8, None, None, None, recompute=False),
 )
 # (model, length, mamba_ssm's tokens per second, our goal)
 PREFILL = (
@@ -84,11 +86,9 @@ def training(case: Training) -> dict[str, Any]:
     trained = model(case.model, torch.float32).train()
     blocks = trained.backbone.layers
     for index, block in enumerate(blocks):
-        block.mixer.recompute = "scan" if index < case.scans else case.recompute and index < len(blocks) - case.kept
-    if case.checkpointed:
-        trained.gradient_checkpointing_enable({"use_reentrant": False})
-        for block in blocks[case.checkpointed :]:
-            block.gradient_checkpointing = False
+        block.mixer.recompute = case.recompute and index < len(blocks) - case.kept
+        if index < case.layers + case.scans:
+            block.mixer.recompute = "layer" if index < case.layers else "scan"
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(50280, (case.batch, case.length), device="cuda")
 
@@ -104,10 +104,7 @@ def training(case: Training) -> dict[str, Any]:
     speed = case.batch * case.length / seconds
     parameters = sum(p.numel() for p in trained.parameters())
     return {
-        **{
-            name: getattr(case, name)
-            for name in ("model", "batch", "length", "recompute", "kept", "scans", "checkpointed")
-        },
+        **{name: getattr(case, name) for name in ("model", "batch", "length", "recompute", "kept", "scans", "layers")},
         "tokens_per_second": round(speed),
         "mfu": round(6 * parameters * speed / PEAK_FLOPS, 4),
         "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),

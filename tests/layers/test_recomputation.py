@@ -45,7 +45,7 @@ def both_ways(
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("eps", [None, 1e-6])
-@pytest.mark.parametrize("recompute", [True, "scan"])
+@pytest.mark.parametrize("recompute", [True, "scan", "layer"])
 def test_the_gradients_are_the_same_bit_for_bit(
     recompute: bool | str, eps: float | None, dtype: torch.dtype | None
 ) -> None:
@@ -60,7 +60,8 @@ def test_the_gradients_of_mamba2_are_the_same_bit_for_bit(options: dict, dtype: 
     assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
 
 
-def test_dropout_falls_on_the_same_elements() -> None:
+@pytest.mark.parametrize("recompute", [True, "scan", "layer"])
+def test_dropout_falls_on_the_same_elements(recompute: bool | str) -> None:
     class Dropping(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(nn.functional.dropout(x, 0.5))
@@ -69,7 +70,7 @@ def test_dropout_falls_on_the_same_elements() -> None:
     dropping = Dropping(layer.d_inner, layer.x_proj.out_features, bias=False)
     dropping.load_state_dict(layer.x_proj.state_dict())
     layer.x_proj = dropping
-    kept, computed_again = both_ways(layer)
+    kept, computed_again = both_ways(layer, recompute=recompute)
     assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
 
 
@@ -113,14 +114,45 @@ def test_fewer_bytes_are_kept(monkeypatch: pytest.MonkeyPatch, mixer: Mamba | Ma
     assert kept[0] - kept[1] == 4 * 256 * channels
 
 
+class NotingArguments(Noting):
+    """And of what it is computed from."""
+
+    def _keep(self, arguments: Any) -> list[Any]:
+        kept = super()._keep(arguments)
+        storages = [t.untyped_storage() for t in kept if isinstance(t, Tensor)]
+        self.kept.update({storage.data_ptr(): storage.nbytes() for storage in storages})
+        return kept
+
+
+@pytest.mark.parametrize(("recompute", "channels"), [(True, 64 + 256 + 128), ("scan", 64 + 256), ("layer", 64)])
+def test_what_is_left(monkeypatch: pytest.MonkeyPatch, recompute: str, channels: int) -> None:
+    """Of activations the residual stream, with it u and z, with them y: (257, channels) in float32."""
+    for module in (block_module, mamba_module):
+        monkeypatch.setattr(module, "Recomputation", NotingArguments)
+    Noting.kept, Noting.gives = {}, True
+    block, x = Block(RMSNorm(64), Mamba(64, recompute=recompute)), torch.randn(1, 257, 64, requires_grad=True)
+    outputs = block(x, apart=True)
+    large = [size for size in Noting.kept.values() if size % (4 * 257 * 64) == 0]
+    assert sum(large) == 4 * 257 * channels, outputs
+
+
+def test_a_layer_that_changed_is_noticed() -> None:
+    layer = Mamba(16, recompute="layer")
+    loss = layer(torch.randn(1, 9, 16, requires_grad=True)).sum()
+    layer.bcdt_rms_eps = 1e-6
+    with pytest.raises(RuntimeError, match="must not change between"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("again", [True, "scan", "layer"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_blocks_give_the_same_gradients(dtype: torch.dtype | None) -> None:
+def test_blocks_give_the_same_gradients(dtype: torch.dtype | None, again: bool | str) -> None:
     blocks = nn.ModuleList(Block(RMSNorm(16), Mamba(16), residual_in_fp32=True) for _ in range(2))
     x = torch.randn(2, 19, 16, requires_grad=True)
     results = []
-    for again in (False, True):
+    for recompute in (False, again):
         for block in blocks:
-            block.mixer.recompute = again
+            block.mixer.recompute = recompute
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             stream, branch = blocks[0](x, apart=True)
             y = blocks[1](stream, branch=branch)
@@ -140,8 +172,9 @@ def test_checkpointing_around_the_layer_comes_first() -> None:
     assert all(map(torch.equal, found, expected))
 
 
-def test_a_graph_is_read_twice() -> None:
-    layer, x = Mamba(16, recompute=True), torch.randn(1, 9, 16, requires_grad=True)
+@pytest.mark.parametrize("recompute", [True, "scan", "layer"])
+def test_a_graph_is_read_twice(recompute: bool | str) -> None:
+    layer, x = Mamba(16, recompute=recompute), torch.randn(1, 9, 16, requires_grad=True)
     loss = layer(x).sum()
     first, second = (torch.autograd.grad(loss, [x, *layer.parameters()], retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
@@ -166,11 +199,12 @@ def test_nothing_is_kept_without_gradients() -> None:
         assert not layer(torch.randn(1, 5, 16)).requires_grad
 
 
-def test_under_fsdp2(mesh: DeviceMesh) -> None:
+@pytest.mark.parametrize("recompute", [True, "scan", "layer"])
+def test_under_fsdp2(mesh: DeviceMesh, recompute: bool | str) -> None:
     """The weights that the backward computes with are gathered again by then."""
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     gradients = []
-    for again in (False, True):
+    for again in (False, recompute):
         torch.manual_seed(0)
         block = Block(RMSNorm(16), Mamba(16, recompute=again), residual_in_fp32=True)
         large = [block.mixer.in_proj, block.mixer.x_proj, block.mixer.out_proj]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -75,9 +76,10 @@ class Mamba(nn.Module):
         d_inner: inner channels d, for checkpoints that state them beside ``expand``.
         bcdt_rms_eps: normalise Δ, B and C by their root mean square, with this eps and without weights (FalconMamba).
         recompute: compute the convolution's output and Δ (in a block also the norm's output) again in the backward
-            instead of keeping them; "scan": that and the scan, of which then nothing is kept but its output, by
-            checkpointing; None: on a GPU the first of these. Hooks on saved tensors that are around the layer, such as
-            checkpointing's, take precedence. See docs/decisions/2026-11-27-recomputation.md.
+            instead of keeping them; "scan": all that lies between the projections; "layer": in_proj's product too, so
+            that only the input is kept (in a block the residual stream); None: on a GPU the first of these. Hooks on
+            saved tensors that are around the layer, such as checkpointing's, take precedence. See
+            docs/decisions/2026-11-27-recomputation.md.
         backend: the ops' backend; None: automatic choice.
         layer_idx: kept for the caller.
 
@@ -102,7 +104,7 @@ class Mamba(nn.Module):
         *,
         d_inner: int | None = None,
         bcdt_rms_eps: float | None = None,
-        recompute: bool | Literal["scan"] | None = None,
+        recompute: bool | Literal["scan", "layer"] | None = None,
         backend: str | None = None,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
@@ -167,21 +169,39 @@ class Mamba(nn.Module):
             TypeError: the state is of another kind of layer.
             ValueError: a shape does not fit; the message names the tensor.
         """
-        u, z = in_parts(self.in_proj, x, (self.d_inner, self.d_inner))
         conv, ssm = MambaState.unpack(state)
-        if not self.recomputes(x):
-            y, conv, ssm = self._inner(u, z, conv, ssm, cu_seqlens)
-        elif self.recompute == "scan":
-            y, conv, ssm = checkpoint(self._inner, u, z, conv, ssm, cu_seqlens, use_reentrant=False)
-        else:
-            with Recomputation() as again:
-                y, conv, ssm = self._inner(u, z, conv, ssm, cu_seqlens, again)
-        y = self.out_proj(y)
+        with Recomputation() if self.recomputes(x) else nullcontext() as again:
+            if again is not None and self.recompute == "layer":
+                y, conv, ssm = self._again(again, self._to_scan, x, conv, ssm, cu_seqlens)
+            else:
+                y, conv, ssm = self._to_scan(x, conv, ssm, cu_seqlens, again)
+            y = self.out_proj(y)
         return (y, MambaState(conv, ssm)) if return_state else y
 
     def recomputes(self, x: Tensor) -> bool:
         """Whether the backward of a call on ``x`` computes activations again."""
         return is_wanted(self.recompute, x)
+
+    def _to_scan(
+        self,
+        x: Tensor,
+        conv: Tensor | None,
+        ssm: Tensor | None,
+        cu_seqlens: Tensor | None,
+        again: Recomputation | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What lies before out_proj: y (b, l, d), and the new conv and ssm."""
+        u, z = in_parts(self.in_proj, x, (self.d_inner, self.d_inner))
+        if again is not None and self.recompute == "scan":
+            return self._again(again, self._inner, u, z, conv, ssm, cu_seqlens)
+        return self._inner(u, z, conv, ssm, cu_seqlens, again)
+
+    def _again(self, again: Recomputation, function: Any, *arguments: Tensor | None) -> Any:
+        """``function(*arguments)``, to be computed again as a whole."""
+        # What stands in a projection's place (an adapter with dropout) may draw random numbers.
+        if all(type(module) in PLAIN_PROJECTIONS for module in (self.in_proj, self.x_proj, self.dt_proj)):
+            return again.run(function, *arguments)
+        return checkpoint(function, *arguments, use_reentrant=False)
 
     def _inner(
         self,

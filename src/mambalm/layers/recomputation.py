@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,14 @@ def is_wanted(recompute: bool | str | None, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None or _enclosing() is not None
+
+
+def _enclosing() -> Recomputation | None:
+    """The context around, if it is what sees saved tensors now."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is None or isinstance(getattr(hooks[0], "__self__", None), Recomputation)
+    owner = None if hooks is None else getattr(hooks[0], "__self__", None)
+    return owner if isinstance(owner, Recomputation) else None
 
 
 class Recomputation:
@@ -29,66 +36,139 @@ class Recomputation:
     In the context every operator that wants to keep such a tensor keeps a note instead. The first note that the
     backward reads computes the tensor, the last lets go of it. Nothing else changes: what is computed again is what was
     computed before, by the same kernels under the same autocast, so gradients are the same bit for bit. It is for
-    functions without random numbers.
+    functions without random numbers. What an enclosing one was given is given here too.
     """
 
     def __init__(self) -> None:
         # By the address of their memory; the tensors too, so that it is theirs while the context lasts.
         self._given: dict[int, tuple[Tensor, _Again]] = {}
+        self._outer: Recomputation | None = None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def __enter__(self) -> Recomputation:
+        self._outer = _enclosing()
         self._hooks.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
         self._given.clear()
+        self._outer = None
 
     def give(self, tensor: Tensor, function: Callable[..., Tensor], *arguments: Tensor | None) -> None:
-        """Say that ``tensor``, contiguous in memory of its own, is ``function(*arguments)``; the arguments are kept."""
-        self._given[tensor.untyped_storage().data_ptr()] = (tensor.detach(), _Again(tensor, function, arguments))
+        """Say that ``tensor``, contiguous in memory of its own, is ``function(*arguments)``; the arguments are kept,
+        unless they were given themselves."""
+        kept = self._keep(arguments)
+
+        def again(*arguments: Tensor | None) -> list[Tensor]:
+            with torch.no_grad():
+                return [function(*arguments)]
+
+        self._given[_address(tensor)] = (tensor.detach(), _Again(again, kept, tensor.device.type))
+
+    def run(self, function: Callable[..., tuple[Tensor, ...]], *arguments: Tensor | None) -> tuple[Tensor, ...]:
+        """``function(*arguments)``, of which nothing is kept but the arguments, unless they were given.
+
+        The first of its outputs, contiguous in memory of its own, counts as given.
+        """
+        kept, wanted = self._keep(arguments), [t is not None and t.requires_grad for t in arguments]
+        device = next(t for t in arguments if t is not None).device.type
+
+        def again(*arguments: Tensor | None) -> list[Tensor]:
+            found: list[Tensor] = []
+            apart = [
+                t if t is None else t.detach().requires_grad_(grad) for t, grad in zip(arguments, wanted, strict=True)
+            ]
+            keep = torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t.detach()), _unpack)
+            with torch.enable_grad(), keep:
+                first = function(*apart)[0]
+            if len(found) != count:
+                raise RuntimeError(
+                    f"a layer that kept {count} tensors wants to keep {len(found)} when the backward computes it "
+                    "again: it must not change between the two; set recompute=False if it does"
+                )
+            return [first.detach(), *found]
+
+        record = _Again(again, kept, device)
+        count = 0
+
+        def pack(tensor: Tensor) -> _Note:
+            nonlocal count
+            count += 1
+            return record.note(count)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+            outputs = function(*arguments)
+        self._given[_address(outputs[0])] = (outputs[0].detach(), record)
+        return outputs
+
+    def _keep(self, arguments: Sequence[Tensor | None]) -> list[Any]:
+        return [None if t is None else self._note(t) or t for t in arguments]
 
     def _pack(self, tensor: Tensor) -> Any:
-        given, again = self._given.get(tensor.untyped_storage().data_ptr(), (None, None))
-        if given is None or again is None or tensor.dtype != given.dtype or not tensor.numel():
-            return tensor
-        again.notes += 1
-        return again, tensor.shape, tensor.stride(), tensor.storage_offset()
+        return self._note(tensor) or tensor
+
+    def _note(self, tensor: Tensor) -> _Note | None:
+        given, again = self._given.get(_address(tensor), (None, None))
+        if given is None or again is None:
+            return None if self._outer is None else self._outer._note(tensor)
+        return again.note(0, tensor) if tensor.dtype == given.dtype and tensor.numel() else None
 
 
 class _Again:
-    """One tensor that is computed again."""
+    """Tensors that are computed again, all at once."""
 
-    def __init__(self, tensor: Tensor, function: Callable[..., Tensor], arguments: tuple[Tensor | None, ...]) -> None:
-        self.notes = self._unread = 0
+    def __init__(self, function: Callable[..., list[Tensor]], arguments: Sequence[Any], device: str) -> None:
+        self._notes = self._unread = 0
         self._function = function
-        self._arguments = [None if t is None else t.detach() for t in arguments]
-        self._versions = [None if t is None else t._version for t in self._arguments]
-        device = tensor.device.type
+        self._arguments = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
+        self._versions = self._present_versions()
         self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        self._found: Tensor | None = None
+        self._found: list[Tensor] | None = None
 
-    def read(self) -> Tensor:
-        """The tensor, for one of the notes."""
+    def note(self, index: int, view: Tensor | None = None) -> _Note:
+        """A note of the tensor of this index, or of a view of it."""
+        self._notes += 1
+        return _Note(self, index, None if view is None else (view.shape, view.stride(), view.storage_offset()))
+
+    def read(self, index: int) -> Tensor:
+        """The tensor of this index, for one of the notes."""
         if self._found is None:
-            self._found, self._unread = self._compute(), self.notes
-        found = self._found
+            self._found, self._unread = self._compute(), self._notes
+        tensor = self._found[index]
         self._unread -= 1
         if not self._unread:
             self._found = None
-        return found
+        return tensor
 
-    def _compute(self) -> Tensor:
-        if self._versions != [None if t is None else t._version for t in self._arguments]:
+    def _present_versions(self) -> list[int | None]:
+        return [t._version if isinstance(t, Tensor) else None for t in self._arguments]
+
+    def _compute(self) -> list[Tensor]:
+        if self._versions != self._present_versions():
             raise RuntimeError("a tensor that the backward computes activations from was changed in place since")
         device, dtype, enabled = self._autocast
-        with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
-            return self._function(*self._arguments)
+        with torch.autocast(device, dtype, enabled=enabled):
+            return self._function(*(t if t is None else _unpack(t) for t in self._arguments))
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What an operator keeps instead of a tensor."""
+
+    again: _Again
+    index: int
+    layout: tuple[Any, ...] | None
+
+    def read(self) -> Tensor:
+        """The tensor."""
+        tensor = self.again.read(self.index)
+        return tensor if self.layout is None else tensor.as_strided(*self.layout)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _unpack(kept: Any) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    again, *layout = kept
-    return again.read().as_strided(*layout)
+    return kept.read() if isinstance(kept, _Note) else kept
