@@ -54,9 +54,10 @@ def test_products_name_the_way_taken_and_what_was_measured() -> None:
 
 def test_the_decode_step_says_how_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     found = dict(doctor.decoding())
-    assert list(found) == ["float32", "bfloat16", "float16", "int8, int4", "threads"]
+    assert list(found) == ["float32", "bfloat16", "float16", "int8, int4", "threads", "kernels"]
     assert "read where they lie" in found["bfloat16"]
     assert "calling the module: it is torch.float16" in found["float16"]
+    assert Path(found["kernels"].removeprefix("kept in ")).is_dir()
     monkeypatch.setattr(numba_support, "pooled", lambda: "no region")
     monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: {"avx2": True, "avx512vnni": False})
     found = dict(doctor.decoding())

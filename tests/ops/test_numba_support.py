@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -173,3 +174,20 @@ def test_without_openmp_a_pool_does_the_same(monkeypatch: pytest.MonkeyPatch) ->
     assert all(map(torch.equal, _scan(0), expected))
     with pytest.raises(ZeroDivisionError):
         support.parallel(lambda *_: 1 // 0, 8, 1 << 30, ())
+
+
+NOWHERE = """
+import numba.core.caching
+numba.core.caching.CacheImpl._locator_classes = []
+import torch
+from mambalm import ops
+y = ops.rms_norm(torch.full((2, 3), 2.0), eps=0.0, backend="cpu")
+assert torch.equal(y, torch.ones(2, 3)), y
+"""
+
+
+def test_kernels_run_where_they_cannot_be_kept() -> None:
+    """As in a container whose files are all read-only."""
+    done = subprocess.run([sys.executable, "-c", NOWHERE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "set NUMBA_CACHE_DIR to a folder" in done.stderr

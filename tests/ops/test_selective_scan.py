@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mambalm.ops import BackendError, selective_scan
+from mambalm.ops import BackendError, backends, selective_scan
 from mambalm.ops.backends import Call, choose, use
 from tests.helpers import (
     FLOAT32,
@@ -372,6 +372,17 @@ class TestDispatch:
     def test_a_plain_device_runs_portable(self) -> None:
         call = Call("selective_scan", torch.device("mps"), torch.float32, {"d": 4, "n": 4})
         assert choose(call, "").__name__.endswith("selective_scan.portable")
+
+    @pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
+    def test_a_library_that_does_not_load_is_a_reason(
+        self, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(_: str) -> None:
+            raise error("libsomething.so: cannot open shared object file")
+
+        monkeypatch.setattr(backends.importlib, "import_module", broken)
+        reason = backends._load.__wrapped__("selective_scan", "cpu")
+        assert reason == "its import failed (libsomething.so: cannot open shared object file)"
 
 
 def test_memory_is_bounded_by_a_segment() -> None:

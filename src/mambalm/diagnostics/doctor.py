@@ -75,7 +75,8 @@ def products() -> Iterator[tuple[str, str]]:
 
 
 def decoding() -> Iterator[tuple[str, str]]:
-    """How the CPU's decode step multiplies each kind of weight, and on which threads it runs."""
+    """How the CPU's decode step multiplies each kind of weight, on which threads, and where its kernels are kept."""
+    from mambalm.ops.numba_products import multiply
     from mambalm.ops.numba_support import pooled
     from mambalm.quantization import products
     from mambalm.quantization._numba_kernels import integer_products
@@ -87,6 +88,8 @@ def decoding() -> Iterator[tuple[str, str]]:
     yield "int8, int4", f"read packed, x in 16 bits, products by {integer_products()}"
     reason = pooled()
     yield "threads", f"{torch.get_num_threads()}, " + ("torch's own" if reason is None else f"a pool's: {reason}")
+    folder = multiply.stats.cache_path
+    yield "kernels", f"kept in {folder}" if folder else "compiled in every process: see NUMBA_CACHE_DIR"
 
 
 def backends() -> Iterator[Backend]:

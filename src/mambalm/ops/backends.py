@@ -83,7 +83,7 @@ def _load(op: str, name: str) -> ModuleType | str:
         return f"{op} has no {name} backend"
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # of its library's shared objects and set-up, too
         return f"its import failed ({error})"
 
 

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from mambalm.ops.numba_support import FAST, f32
+from mambalm.ops.numba_support import CACHE, FAST, f32
 
 _AVX512 = bool(llvm.get_host_cpu_features().get("avx512f"))
 # A tile of ROWS times two vectors of LANES must fit into the registers with its operands.
@@ -111,7 +111,7 @@ def _tile(width):  # type: ignore[no-untyped-def]
 _wide, _narrow = _tile(2), _tile(1)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def multiply(rows, columns, depth, a, a_at, a_row, a_step, b, b_at, b_row, c, c_at, c_row, beta, mode):  # type: ignore[no-untyped-def]
     """c (rows, columns) = beta c + a (rows, depth) b (depth, columns).
 

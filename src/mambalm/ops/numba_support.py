@@ -10,6 +10,7 @@ import functools
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,18 +23,36 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from mambalm.ops.backends import Call
+from mambalm.ops.backends import Call, SlowBackendWarning
 
 f32 = np.float32
 LOG2_E = f32(1.4426950408889634)
 
 # Everything that keeps the value of a sum of products within rounding; no infinities or NaNs are assumed away.
 FAST = {"contract", "nsz", "arcp"}
-kernel = njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+
+
+def _keeps_compiled() -> bool:
+    """Whether numba finds a folder to keep compiled kernels in; without one it refuses to make any that are kept."""
+    try:
+        njit(cache=True)(_keeps_compiled)
+    except RuntimeError:
+        warnings.warn(
+            "numba can write compiled kernels neither beside mambalm's files nor to the user's cache: they compile "
+            "in every process; set NUMBA_CACHE_DIR to a folder that can be written to",
+            SlowBackendWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+CACHE = _keeps_compiled()
+kernel = njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 # For functions that sum over channels: in any (fixed) order, which is what vectorises them. Never for those that call
 # exp2, whose rounding by adding and subtracting a constant would be simplified away; and never inlined as numba code,
 # because inlined code takes its caller's flags.
-sums = njit(nogil=True, cache=True, fastmath=FAST | {"reassoc"}, error_model="numpy")
+sums = njit(nogil=True, cache=CACHE, fastmath=FAST | {"reassoc"}, error_model="numpy")
 inline = njit(nogil=True, fastmath=FAST, error_model="numpy", inline="always")
 
 

@@ -21,7 +21,7 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from mambalm.ops.numba_support import FAST, compiled_region, in_region
+from mambalm.ops.numba_support import CACHE, FAST, compiled_region, in_region
 
 _I64 = ir.IntType(64)
 # Words of the shared memory, those that change by the job a cache line apart: chunks done, the job; threads that have
@@ -61,7 +61,7 @@ def job(function: Callable[..., None]) -> Any:
     An exception inside would be printed and forgotten: jobs raise none.
     """
     signature = types.void(types.int64, types.CPointer(types.int64))
-    return cfunc(signature, nopython=True, cache=True, fastmath=FAST, error_model="numpy")(function)
+    return cfunc(signature, nopython=True, cache=CACHE, fastmath=FAST, error_model="numpy")(function)
 
 
 def make(function: Any, chunks: int, *arguments: torch.Tensor | np.ndarray | int | float | None) -> Job:
@@ -248,7 +248,7 @@ def _run(jobs, shared, threads):  # type: ignore[no-untyped-def]
             _pause()
 
 
-@cfunc(types.void(types.int64), nopython=True, cache=True)
+@cfunc(types.void(types.int64), nopython=True, cache=CACHE)
 def _work(shared):  # type: ignore[no-untyped-def]
     """What each thread does: the first to come leads, the others serve."""
     me, threads = _add(shared, _ARRIVED, 1), _read(shared, _THREADS)
