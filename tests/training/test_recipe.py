@@ -111,7 +111,8 @@ def test_a_file_builds_on_a_shipped_recipe_and_on_a_file(tmp_path: Path) -> None
 )
 def test_counts(text: object, count: int) -> None:
     assert parse_count(text) == count
-    assert parse_count("a few") == "a few"
+    with pytest.raises(ValueError, match=r"stages\.0\.tokens: a count is a number, .*, got 'a few'"):
+        load_recipe("mamba-tiny", ["stages.short.tokens=a few"])
 
 
 def test_batch_ramp_and_batch_scaling_of_falcon_mamba() -> None:

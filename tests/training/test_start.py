@@ -10,6 +10,7 @@ import yaml
 from transformers import MambaConfig
 
 import mambalm
+from mambalm.data.tokenizer import load_tokenizer, train_tokenizer
 from mambalm.models import MambaForCausalLM
 from mambalm.models.loading import convert
 from mambalm.training.checkpoint import Checkpoints
@@ -100,6 +101,22 @@ def test_new_embeddings_are_drawn_and_the_rest_is_kept(tied: bool, data: Path, t
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in found.state_dict().items())
     losses = finish(training)
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_tokenizer_of_the_checkpoint(data: Path, tmp_path: Path) -> None:
+    """One with more tokens goes on; one that numbers them otherwise is refused, unless embeddings are drawn."""
+    old = plain(400)
+    old.save_pretrained(tmp_path / "source")
+    train_tokenizer(["return 1: count ", "else "], 270).save_pretrained(tmp_path / "source")
+    made = recipe(data, {"model": {"start": str(tmp_path / "source")}})
+    tokenizer = load_tokenizer(made.tokenizer)
+    with pytest.raises(ValueError, match=r"has the token .* as number \d+, and the checkpoint .*source as \d+: take"):
+        build_model(made, tokenizer)
+    renewed = recipe(data, {"model": {"start": str(tmp_path / "source"), "new_embeddings": True}})
+    assert build_model(renewed, tokenizer).config.vocab_size == VOCABULARY
+    tokenizer.save_pretrained(tmp_path / "source")
+    tokenizer.add_tokens(["<another>"])
+    assert build_model(made, tokenizer).config.vocab_size == 400
 
 
 def test_forks_before_the_decay_share_the_stable_phase(data: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from mambalm.data.token_files import METADATA, Metadata
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.distributed import Ranks
 from mambalm.training.guard import DivergedError, Verdict
@@ -29,7 +31,8 @@ from mambalm.training.session import Folder, Profile, run
 from mambalm.training.summary import steps_of
 from mambalm.training.trainer import Trainer
 from mambalm_cli import app
-from tests.training.runs import finish, recipe, trainer, write_data
+from tests.data.folders import write_folder
+from tests.training.runs import VOCABULARY, finish, recipe, trainer, write_data
 
 SOURCES = Path(__file__).parents[2] / "src"
 
@@ -174,6 +177,46 @@ def test_a_fork_decays_from_another_runs_checkpoint(data: Path, tmp_path: Path) 
     report = fork.advance()
     assert report.step == 7
     assert report.values["learning_rate"] < 1e-2
+
+
+def test_a_fork_has_the_same_beginning(data: Path, tmp_path: Path) -> None:
+    made = recipe(data)
+    base = trainer(made, tmp_path / "base")
+    for step in (6, 12):
+        finish(base, step)
+        base.save()
+    base.checkpoints.wait()
+    (tmp_path / "base" / "recipe.yaml").write_text(dump(made))
+    assert base.position.stage == 1
+    stages = yaml.safe_load(dump(made))["stages"]
+
+    def fork(step: int, **changes: Any) -> Trainer:
+        origin = {"run": str(tmp_path / "base"), "step": step}
+        return trainer(recipe(data, changes | {"fork": origin}), tmp_path / "fork")
+
+    shorter = [stages[0] | {"tokens": 512}, stages[1]]
+    assert fork(6, stages=shorter).position.step == 6, "the stage that is going on may end elsewhere"
+    with pytest.raises(ValueError, match=r"its stages\.0\.tokens is 768, here it is 512.*before the fork must be"):
+        fork(12, stages=shorter)
+    with pytest.raises(ValueError, match=r"its stages\.0\.batch is 8, here it is 16"):
+        fork(6, stages=[stages[0] | {"batch": 16}, stages[1]])
+    with pytest.raises(ValueError, match=r"its seed is 0, here it is 1"):
+        fork(6, seed=1)
+    with pytest.raises(ValueError, match=r"its longest context is 32, here it is 64"):
+        fork(6, stages=[stages[0], stages[1] | {"context": 64}])
+
+
+def test_data_of_a_later_stage_is_opened_before_the_first_step(data: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "short", [[[1, 2, 3]]], vocab_size=VOCABULARY)
+    found = Metadata.read(tmp_path / "short")
+    fingerprint = Metadata.read(data / "tokens").tokenizer_fingerprint
+    (tmp_path / "short" / METADATA).write_text(replace(found, tokenizer_fingerprint=fingerprint).to_json())
+    stages = yaml.safe_load(dump(recipe(data)))["stages"]
+    stages[1]["data"] = {"sources": [{"path": str(tmp_path / "short")}]}
+    made = recipe(data, {"stages": stages})
+    with pytest.raises(ValueError, match="has 3 tokens on this side of the split, and a sequence needs 33"):
+        run(made, tmp_path / "run", Ranks(), Console(quiet=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_recipe_in_the_folder_is_refused(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,8 @@ class Checkpoints:
         """Read what ``kept`` names from the checkpoint of a step into its tensors; returns the progress."""
         path = self._folder / f"step-{step}"
         if not path.is_dir():
-            raise ValueError(f"there is no checkpoint {path}; those there are of steps {self.steps() or 'none'}")
+            others = f"those there are of steps {self.steps()}" if self.steps() else "none is there"
+            raise ValueError(f"there is no checkpoint {path}; {others}")
         try:
             sizes = _sizes(path)
         # What is raised depends on which part of it is damaged.
@@ -233,7 +234,8 @@ class Checkpoints:
 
     def _failure(self, reason: str) -> str:
         kept = f"those of steps {self.steps()} are intact" if self.steps() else "none was written before"
-        return f"cannot write a checkpoint into {self._folder}: {reason}; {kept}"
+        free = f", where {shutil.disk_usage(self._folder).free / 1e9:.2f} GB are free" if self._folder.exists() else ""
+        return f"cannot write a checkpoint into {self._folder}{free}: {reason}; {kept}"
 
     def _damage(self, path: Path, error: BaseException) -> str:
         others = [f"step-{step}" for step in self.steps() if path.name != f"step-{step}"]

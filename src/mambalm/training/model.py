@@ -86,6 +86,8 @@ def build_model(
         if section.new_embeddings:
             _renew_embeddings(model, tokenizer, recipe.seed)
     if tokenizer is not None:
+        if section.start is not None and not section.new_embeddings:
+            _require_same_tokens(section.start, tokenizer, recipe.tokenizer)
         require_vocabulary(model.config.vocab_size, len(tokenizer), recipe.tokenizer)
         model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         padding = tokenizer.pad_token_id
@@ -105,6 +107,21 @@ def require_vocabulary(rows: int, tokens: int, name: str) -> None:
             f"{name} has {tokens:,} tokens, the model's vocabulary {rows:,}: set model.config.vocab_size to at least "
             f"that, or, for a model that is continued, model.new_embeddings=true"
         )
+
+
+def _require_same_tokens(start: str, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer that gives a token of the checkpoint's own another number; new tokens it may have."""
+    try:
+        known = load_tokenizer(start).get_vocab()
+    except ValueError:  # the checkpoint has none
+        return
+    here = tokenizer.get_vocab()
+    for token, number in known.items():
+        if here.get(token, number) != number:
+            raise ValueError(
+                f"{name} has the token {token!r} as number {here[token]}, and the checkpoint {start} as {number}: take "
+                f"the checkpoint's tokenizer, or draw embeddings for this one with model.new_embeddings=true"
+            )
 
 
 def _renew_embeddings(model: MambalmForCausalLM, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:

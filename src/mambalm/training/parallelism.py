@@ -78,15 +78,15 @@ def parallelise(
 
 
 def _recompute(network: MambalmForCausalLM, checkpointing: str) -> None:
-    if checkpointing == "full":
-        network.gradient_checkpointing_enable({"use_reentrant": False})
     blocks: Any = network.backbone.layers
     for block in blocks:
-        if isinstance(block.mixer, Mamba):
+        own = isinstance(block.mixer, Mamba)
+        if own:
             block.mixer.recompute = checkpointing == "selective"
-        elif checkpointing == "selective":
+        if checkpointing == "full" or (checkpointing == "selective" and not own):
+            what: Any = {"context_fn": _keep_costly} if checkpointing == "selective" else {}
             block.gradient_checkpointing = True
-            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=_keep_costly)
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **what)
 
 
 def _compile(network: MambalmForCausalLM, section: ParallelSection) -> None:

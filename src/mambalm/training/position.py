@@ -71,6 +71,15 @@ class Reader:
         require_vocabulary(self._vocab_size, stream.vocab_size, "the token files' tokenizer")
         return stream
 
+    def open(self, position: Position) -> None:
+        """Make ready to read the stage of a position.
+
+        Raises:
+            ValueError: as `stream`.
+        """
+        if position.stage not in self._streams:
+            self._streams = {position.stage: self.stream(position.stage, position.taken)}
+
     def read(self, position: Position, batch: int) -> list[Batch]:
         """This rank's micro-batches of the batch at a position.
 
@@ -78,8 +87,7 @@ class Reader:
             ValueError: the batch cannot be divided among the ranks.
         """
         key = (position.stage, position.sequences, batch)
-        if position.stage not in self._streams:
-            self._streams = {position.stage: self.stream(position.stage, position.taken)}
+        self.open(position)
         ahead, self._ahead = self._ahead, None
         return ahead[1].result() if ahead is not None and ahead[0] == key else self._read(*key)
 

@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from mambalm.data.mixture import Mixture, Source
 
@@ -14,11 +15,19 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_count(value: Any) -> Any:
-    """A number of tokens or sequences: 300G, 0.5M, 2e9 and 1_000 are counts; anything else is left as it is."""
+    """A number of tokens or sequences: 300G, 0.5M, 2e9 and 1_000 are counts; what is no text is left as it is.
+
+    Raises:
+        PydanticCustomError: a text that is none.
+    """
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    found = re.fullmatch(r"([\d_]+(?:\.\d+)?(?:[eE]\+?\d+)?) ?([kMGT]?)", value) if isinstance(value, str) else None
-    return value if found is None else round(float(found[1].replace("_", "")) * _UNITS[found[2]])
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([\d_]+(?:\.\d+)?(?:[eE]\+?\d+)?) ?([kMGT]?)", value)
+    if found is None:
+        raise PydanticCustomError("count", "a count is a number, with k, M, G or T behind it if need be")
+    return round(float(found[1].replace("_", "")) * _UNITS[found[2]])
 
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]

@@ -27,6 +27,7 @@ from mambalm.training.interruption import StopRequest, stop_requests
 from mambalm.training.metrics import WANDB_ID, MetricsLog
 from mambalm.training.model import build_model
 from mambalm.training.parallelism import is_sharded, parallelise
+from mambalm.training.position import Position
 from mambalm.training.precision import Policy, policy
 from mambalm.training.progress import ProgressBar
 from mambalm.training.recipe_files import dump
@@ -80,17 +81,20 @@ class Folder:
                 shutil.rmtree(path, ignore_errors=True)
             for file in (self.recipe, self.path / "metrics.jsonl", self.path / WANDB_ID):
                 file.unlink(missing_ok=True)
-        from mambalm.training.recipe import Recipe
-
-        if self.recipe.exists() and self.checkpoints.exists():
-            before = Recipe.model_validate(yaml.safe_load(self.recipe.read_text())).identity()
-            if changed := list(_changes(before, recipe.identity())):
-                raise ValueError(
-                    f"{self.path} holds another run: {'; '.join(changed)}. Choose another folder with --output, forget "
-                    "that run with --restart, or go on from one of its checkpoints with fork.run and fork.step"
-                )
+        begun = self.recipe.exists() and self.checkpoints.exists()
+        if begun and (changed := list(_changes(self.read().identity(), recipe.identity()))):
+            raise ValueError(
+                f"{self.path} holds another run: {'; '.join(changed)}. Choose another folder with --output, forget "
+                "that run with --restart, or go on from one of its checkpoints with fork.run and fork.step"
+            )
         with replacing(self.recipe) as file:
             file.write_text(dump(recipe))
+
+    def read(self) -> Recipe:
+        """The recipe of the run that is there."""
+        from mambalm.training.recipe import Recipe
+
+        return Recipe.model_validate(yaml.safe_load(self.recipe.read_text()))
 
     def leave(self) -> None:
         """Undo `prepare` where no run was begun."""
@@ -131,10 +135,34 @@ def open_trainer(recipe: Recipe, folder: Folder, ranks: Ranks) -> Trainer:
     if kept.latest() is not None:
         trainer.load()
     elif recipe.fork is not None:
-        trainer.checkpoints = Checkpoints(Folder(Path(recipe.fork.run)).checkpoints, read_only=True)
+        origin = Folder(Path(recipe.fork.run))
+        trainer.checkpoints = Checkpoints(origin.checkpoints, read_only=True)
         trainer.load(recipe.fork.step)
         trainer.checkpoints = kept
+        if origin.recipe.exists():
+            _require_same_beginning(recipe, origin.read(), trainer.position)
     return trainer
+
+
+def _require_same_beginning(recipe: Recipe, before: Recipe, position: Position) -> None:
+    """Raise ValueError where a fork's recipe differs in what gives its place in stages and data their meaning."""
+
+    def beginning(of: Recipe) -> dict[str, Any]:
+        stages = []
+        for number, stage in enumerate(of.stages[: position.stage + 1]):
+            done = number < position.stage
+            if done or position.sequences:
+                ramp = None if stage.ramp is None else stage.ramp.model_dump(mode="json")
+                kept = {"context": stage.context, "batch": stage.batch, "ramp": ramp}
+                kept |= {"tokens": stage.tokens} if done else {}
+                stages.append(kept | {"data": of.data_of(number).model_dump(mode="json")})
+        return {"seed": of.seed, "longest context": of.longest_context, "stages": stages}
+
+    if changed := list(_changes(beginning(before), beginning(recipe))):
+        raise ValueError(
+            f"the run {recipe.fork and recipe.fork.run} has another beginning than this recipe: {'; '.join(changed)}. "
+            "What was read before the fork must be the same; change the schedule, and stages behind it"
+        )
 
 
 def _require_data(recipe: Recipe) -> None:
@@ -175,7 +203,8 @@ def run(
     if ranks.is_main and trainer.adapted is not None:
         console.print(str(trainer.adapted.report))
     if ranks.is_main and trainer.position.step:
-        console.print(f"Going on at step {trainer.position.step:,}, after {trainer.position.tokens:,} tokens.")
+        begin = "Nothing is left to do" if trainer.is_over else "Going on"
+        console.print(f"{begin} at step {trainer.position.step:,}, after {trainer.position.tokens:,} tokens.")
     with ExitStack() as stack:
         log = None
         if ranks.is_main:

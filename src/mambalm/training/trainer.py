@@ -31,7 +31,7 @@ from mambalm.training.step import Stepper
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mambalm.training.recipe import Recipe, StageSection
+    from mambalm.training.recipe import DataSection, Recipe, StageSection
 
 # Tokens of one sequence that the layers' norms are measured on.
 _PROBE_TOKENS = 512
@@ -253,12 +253,19 @@ class Trainer:
         return held_out.measure(self.model, self.ranks.device)
 
     def prepare(self) -> None:
-        """Open what is held out of every stage that is left, so that what does not fit shows before the first step.
+        """Open the data of every stage that is left, so that what does not fit shows before the first step.
 
         Raises:
             ValueError: it cannot be opened.
         """
+        opened: list[DataSection] = []
         for number in range(self.position.stage, len(self.recipe.stages)):
+            data = self.recipe.data_of(number)
+            if not opened:
+                self.reader.open(self.position)
+            elif data not in opened:
+                self.reader.stream(number, {})
+            opened.append(data)
             self._held_out_of(number)
 
     def _held_out_of(self, number: int) -> MixedStream | None:
