@@ -33,6 +33,14 @@ COMMANDS = {
 # What a user can mend: it is told in one line. Anything else is a bug of ours, and keeps its traceback.
 MENDABLE = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
+_FAULTS = {
+    FileNotFoundError: "does not exist: check the name",
+    IsADirectoryError: "is a folder: name a file",
+    NotADirectoryError: "is not in a folder, or is none: name a folder",
+    FileExistsError: "is there already, and is no folder: name another",
+    PermissionError: "may not be read or written: check its permissions",
+}
+
 app = typer.Typer(name="mambalm", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -55,7 +63,10 @@ def options(
 
 
 def _message(error: Exception) -> str:
-    """What went wrong, and for a package of an extra that is not installed how to get it."""
+    """What went wrong; for a file what about it, for a package of an extra that is not installed how to get it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        what = next((words for kind, words in _FAULTS.items() if isinstance(error, kind)), f"fails ({error.strerror})")
+        return f"{error.filename} {what}"
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0].replace("_", "-")
         for line in requires("mambalm") or []:

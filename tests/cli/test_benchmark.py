@@ -90,6 +90,8 @@ def test_nothing_to_measure_is_told() -> None:
         ("generate", "--random", "mamba-3b", "--device", "cpu"): "there is no shape 'mamba-3b'",
         ("generate", "--random", "mamba-130m", "--prompt", "hello"): "--prompt needs a tokenizer",
         ("memory", "no-such-model", "--mode", "sideways"): "there is no mode 'sideways'; choose one of parallel",
+        ("generate", "no-such-model", "-o", "no/such/file.json"): "no/such/file.json cannot be written: name a file",
+        ("generate", "no-such-model", "-o", "found.json"): "no-such-model does not exist: name a folder",
     }.items():
         result = call(*arguments)
         assert result.exit_code == 2

@@ -148,6 +148,7 @@ def test_bad_input_is_told_in_a_line(corpus: Path, tmp_path: Path, finished: tup
         (("--corpus", empty, "--output", tmp_path / "a"), "holds no *.py file"),
         (("--corpus", corpus, "--output", in_the_way), "cannot be written to; choose another with --output"),
         (("--corpus", corpus, "--output", damaged), "training_state.pt is damaged or no saved run: restart"),
+        (("--corpus", tmp_path / "none", "--output", tmp_path / "a"), "none is not a folder"),
         (("--minutes", 0, "--output", tmp_path / "b"), "--minutes must be above 0"),
     ]
     for arguments, message in cases:
@@ -155,3 +156,4 @@ def test_bad_input_is_told_in_a_line(corpus: Path, tmp_path: Path, finished: tup
         assert result.exit_code == 2, arguments
         assert message in result.stderr
         assert "Traceback" not in result.output
+    assert not (tmp_path / "a").exists(), "nothing is left behind"

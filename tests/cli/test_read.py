@@ -161,7 +161,8 @@ def test_generate_behind_a_state(
 def test_what_cannot_be_read_is_told_in_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    for name, message in {"empty.txt": "the text is empty", "latin.txt": "is not UTF-8", "no.txt": "no.txt"}.items():
+    told = {"empty.txt": "the text is empty", "latin.txt": "is not UTF-8", "no.txt": "no.txt does not exist: name a"}
+    for name, message in told.items():
         result = call("read", tiny_checkpoint, tmp_path / name, "-o", tmp_path / "a.state", *QUICK)
         assert result.exit_code == 2, result.output
         assert message in result.stderr

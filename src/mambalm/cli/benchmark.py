@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
-from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype
+from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype, require_writable
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.diagnostics.benchmark import (
     MODES,
@@ -230,6 +230,7 @@ def _report(
 ) -> None:
     """Measure all subjects; write, after each, what there is."""
     path = output or Path(f"{kind}.json")
+    require_writable(path)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     report: dict[str, Any] = {
         "benchmark": kind,

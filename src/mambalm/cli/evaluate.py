@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mambalm.cli.options import Device, Dtype, Quantization, load_model
+from mambalm.cli.options import Adapter, Device, Dtype, Quantization, load_model, require_writable
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.training.files import replacing
 
@@ -27,11 +27,12 @@ def evaluate(
     dtype: Dtype = None,
     device: Device = None,
     quantization: Quantization = None,
+    adapter: Adapter = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's folder or name; by default MODEL's.")] = None,
 ) -> None:
     """Score a model on tasks."""
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise ValueError(f"{output} cannot be written: name a file in a folder that exists")
+    if output is not None:
+        require_writable(output)
     if include is not None and not include.is_dir():
         raise ValueError(f"{include} is no folder: name one that holds tasks' .yaml files")
     from lm_eval import simple_evaluate
@@ -44,7 +45,7 @@ def evaluate(
     unknown = [name for name in tasks if not Path(name).is_file() and not manager.match_tasks([name])]
     if unknown:
         raise ValueError(f"the harness knows no {', '.join(unknown)}: `lm-eval ls tasks` lists what it knows")
-    network = load_model(model, dtype, device, quantization)
+    network = load_model(model, dtype, device, quantization, adapter)
     adapted = HarnessModel(network, load_tokenizer(tokenizer or model), batch_size=batch_size)
     results: dict[str, Any] = simple_evaluate(
         model=adapted,

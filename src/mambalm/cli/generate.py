@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,18 +60,18 @@ def generate(
     )
     # A state can be continued as it is.
     texts = _read_prompts(prompts or ([] if state is None or prompt_file else [""]), prompt_file or [])
-    network = load_model(model, dtype, device, quantization, adapter)
-    encoder = load_tokenizer(tokenizer or model)
     settings = Settings(
         sampling=sampling,
         max_new_tokens=max_new_tokens,
-        end_tokens=end_tokens(network),
         seed=seed,
         chunk_size=chunk_size,
         copies=copies,
         logprobs=logprobs,
     )
     _check(settings, beams, stop, state)
+    network = load_model(model, dtype, device, quantization, adapter)
+    encoder = load_tokenizer(tokenizer or model)
+    settings = replace(settings, end_tokens=end_tokens(network))
     if beams > 1:
         _write_beams(Engine(network), encoder, texts, settings, beams)
     elif logprobs is not None:
@@ -84,7 +85,7 @@ def generate(
 
 
 def _check(settings: Settings, beams: int, stop: Sequence[str] | None, state: Path | None) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that do not go together, and a state that is not there."""
     if beams < 1:
         raise ValueError(f"--beams is {beams}; it must be at least 1")
     if beams > 1 and (settings.sampling != Sampling() or settings.logprobs is not None or stop or state is not None):
@@ -93,6 +94,8 @@ def _check(settings: Settings, beams: int, stop: Sequence[str] | None, state: Pa
         raise ValueError(f"--beams {beams} finds {beams} texts and --copies asks for {settings.copies}: ask for fewer")
     if settings.logprobs is not None and state is not None:
         raise ValueError("--logprobs does not go with --state: leave one of them out")
+    if state is not None and not state.is_file():
+        raise ValueError(f"{state} is no state file: name one that `mambalm read` or /save of `mambalm chat` wrote")
 
 
 def _write_beams(

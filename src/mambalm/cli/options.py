@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -41,6 +42,16 @@ def load_model(
     return network if quantization is None else quantize_model(network, quantization)
 
 
+def require_writable(file: Path) -> None:
+    """Raise before anything is computed where a file could not be written.
+
+    Raises:
+        ValueError: it is a folder, or in none.
+    """
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ValueError(f"{file} cannot be written: name a file in a folder that exists")
+
+
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """The torch dtype of that name; None for None.
 
@@ -50,7 +61,8 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
+        hint = "; int8 and int4 weights are of --quantization" if name in ("int8", "int4") else ""
+        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}{hint}")
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

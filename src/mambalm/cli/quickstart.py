@@ -121,8 +121,8 @@ def quickstart(
     if minutes <= 0:
         raise ValueError(f"--minutes must be above 0, got {minutes}")
     console, recipe, folder = Console(), Recipe(), Folder(output)
-    folder.prepare(restart)
     split = _split(standard_library() if corpus is None else read_documents(corpus), recipe)
+    folder.prepare(restart)
     tokenizer = _tokenizer(folder, split, recipe, console)
     run = _run(tokenizer, split, recipe)
     if folder.training_state.exists():

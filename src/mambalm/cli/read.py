@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 from rich.console import Console
 
-from mambalm.cli.options import Adapter, Device, Dtype, Quantization, load_model
+from mambalm.cli.options import Adapter, Device, Dtype, Quantization, load_model, require_writable
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.generation import state_file
 from mambalm.generation.session import Session
@@ -33,7 +33,7 @@ def read(
     state: Annotated[Path | None, typer.Option(help="Go on from this state file.")] = None,
     convert_state: Annotated[bool, typer.Option(help="Accept a state of another device or dtype.")] = False,
     restart: Annotated[bool, typer.Option(help="Forget what a killed run had read.")] = False,
-    checkpoint_seconds: Annotated[float, typer.Option(help="Time between two checkpoints.")] = 30.0,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between two checkpoints.")] = 30.0,
     chunk_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens that are read at once; by default by the model and device.")
     ] = None,
@@ -44,14 +44,17 @@ def read(
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's folder or name; by default MODEL's.")] = None,
 ) -> None:
     """Read a text and write the state after it. The same command resumes a run that was killed."""
+    require_writable(output)
+    if text != "-" and not Path(text).exists():
+        raise ValueError(f"{text} does not exist: name a file, or - for standard input")
+    if text != "-" and output.exists() and output.samefile(text):
+        raise ValueError(f"{output} is the text itself: name another file for the state")
     network = load_model(model, dtype, device, quantization, adapter)
     encoder = load_tokenizer(tokenizer or model)
     session = Session(network, encoder, chunk_size=chunk_size, rungs=0)
     if state is not None:
         session.load(state, convert=convert_state)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if text != "-" and output.exists() and output.samefile(text):
-        raise ValueError(f"{output} is the text itself: name another file for the state")
     with _opened(text) as source:
         reading = Reading(session, encoder, source, output, restart)
         if reading.resumed:
@@ -88,11 +91,8 @@ class Reading:
         """Begin, or resume where a checkpoint is.
 
         Raises:
-            ValueError: the checkpoint is of another text, model, beginning or chunk size, or there is no place for the
-                output.
+            ValueError: the checkpoint is of another text, model, beginning or chunk size.
         """
-        if output.is_dir() or not output.absolute().parent.is_dir():
-            raise ValueError(f"{output} cannot be written: name a file in a folder that exists")
         self.session, self._output = session, output
         self._partial = output.with_name(f"{output.name}.partial")
         self._base = session.snapshot.digest.hex()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from mambalm.generation import Engine, Settings, read
 from mambalm.generation.reading import chosen_chunk_size
 from mambalm.layers.state import State
-from mambalm.models.loading import FAMILIES, load
+from mambalm.models.loading import FAMILIES, load, locate
+from mambalm.models.quiet import without_bars
 from mambalm.models.shapes import random_model, shape, similar_transformer
 
 Heard = Callable[[list[int]], None]
@@ -229,20 +231,23 @@ def checkpoint_subject(
     Raises:
         ValueError: nobody can load it.
     """
+    # Asked once here: without a network transformers would ask the Hub for half a minute.
+    folder = locate(path_or_hub_id)
     # A model_type of another family is transformers' to load.
-    if not transformers and not _is_foreign(path_or_hub_id):
-        return MambalmSubject(path_or_hub_id, load(path_or_hub_id, dtype=dtype, device=device))
+    if not transformers and not _is_foreign(folder):
+        return MambalmSubject(path_or_hub_id, load(folder, dtype=dtype, device=device))
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path_or_hub_id, dtype=dtype or "auto")
+    with without_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     return TransformersSubject(f"{path_or_hub_id} (transformers)", nn.Module.to(model, device).eval())
 
 
-def _is_foreign(path_or_hub_id: str) -> bool:
+def _is_foreign(folder: Path) -> bool:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path_or_hub_id)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError):
         return False  # no configuration of transformers', or mambalm's own
     return type(config) not in FAMILIES
