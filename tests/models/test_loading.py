@@ -39,8 +39,8 @@ def test_the_dtype_is_the_files_or_the_one_asked_for(tmp_path: Path) -> None:
         assert model.config.dtype == torch.float16
     cast = mambalm.load(convert(source, tmp_path / "b", dtype="bfloat16"))
     assert_same(cast.state_dict(), {key: tensor.bfloat16() for key, tensor in kept.items()})
-    for wrong in ("int8", torch.int8, 8):
-        with pytest.raises(ValueError, match=r"no floating-point dtype.*bfloat16"):
+    for wrong in ("int8", torch.int8, 8, "float8_e4m3fn", "matmul"):
+        with pytest.raises(ValueError, match=r"none that models compute in.*bfloat16"):
             mambalm.load(source, dtype=wrong)
 
 

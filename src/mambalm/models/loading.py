@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.models.formats import WRITABLE, Checkpoint, CheckpointError, detect, require_match, written_whole
-from mambalm.models.formats.checkpoint import COMPANIONS, EMBEDDINGS, HEAD, main_dtype
+from mambalm.models.formats.checkpoint import COMPANIONS, DTYPES, EMBEDDINGS, HEAD, main_dtype
 from mambalm.models.registration import LANGUAGE_MODELS
 from mambalm.quantization.model import quantize_model, require_available
 
@@ -159,9 +159,9 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None:
         return None
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in DTYPES:
         raise ValueError(
-            f"dtype {dtype!r} is no floating-point dtype: use float32, bfloat16, float16 or float64, or None for the "
-            "file's own"
+            f"dtype {dtype!r} is none that models compute in: use float32, bfloat16, float16 or float64, or None for "
+            "the file's own"
         )
     return found

@@ -110,6 +110,16 @@ def test_configurations_that_mislead_are_refused(change: dict, message: str, tmp
         mambalm.load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_tensors_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    STOCK["mamba"]().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name} is {dtype}, expected .* quantised"):
+        mambalm.load(tmp_path)
+
+
 @pytest.mark.parametrize("change", [{"layer_norm_epsilon": "1e-5"}, {"rms_norm": "yes"}, {"attn_cfg": [1]}], ids=str)
 def test_fields_of_a_hybrid_are_checked_as_transformers_checks_its_own(change: dict, tmp_path: Path) -> None:
     LAYOUTS["mamba2attn"].model().save_pretrained(tmp_path)

@@ -31,6 +31,8 @@ COMPANIONS = (
     "tekken.json",
     "chat_template*",
 )
+# In which models compute; the 8-bit floating-point ones have no arithmetic.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # So many names are printed of a longer list.
 SHOWN = 5
 
@@ -95,10 +97,10 @@ def assemble(config: PreTrainedConfig, tensors: Mapping[str, Tensor], source: So
     if (embeddings := tensors.pop("backbone.embedding.weight", None)) is not None:
         tensors[EMBEDDINGS] = embeddings
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES:
             raise CheckpointError(
-                f"{name} is {tensor.dtype}, expected a floating-point dtype: a quantised checkpoint is not read here; "
-                "load the original, or use transformers with mambalm.register()"
+                f"{name} is {tensor.dtype}, expected a floating-point dtype of 16 bits or more: a quantised checkpoint "
+                "is not read here; load the original, or use transformers with mambalm.register()"
             )
     if config.tie_word_embeddings:
         _untie(tensors)
