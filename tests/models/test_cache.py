@@ -137,3 +137,17 @@ def test_no_gradient_goes_through_a_cache() -> None:
     cache = model(ids, use_cache=True).cache_params
     assert not cache.layers[0].recurrent_states[0].requires_grad
     model(ids, cache_params=cache).logits.sum().backward()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_float64_model_keeps_its_state_in_float64(name: str) -> None:
+    model, ids = FAMILIES[name].model().double(), tokens(2, 11)
+    whole = model(ids, use_cache=False).logits[:, 5:]
+    for cache in (None, model.init_state(2)):
+        before = model(ids[:, :5], cache_params=cache, use_cache=True).cache_params
+        assert relative_error(model(ids[:, 5:], cache_params=before).logits, whole) <= 1e-14
+    for fresh, after in zip(model.init_state(2).layers, before.layers, strict=True):
+        assert [t.dtype for t in vars(fresh).values() if t is not None] == [
+            t.dtype for t in vars(after).values() if t is not None
+        ]

@@ -256,4 +256,5 @@ class Mamba(nn.Module):
     ) -> MambaState:
         """The state before the first token; ``dtype`` is that of the activations."""
         conv = self.conv1d.init_state(batch_size, dtype, device)
-        return MambaState(conv, conv.new_zeros(batch_size, self.d_inner, self.d_state, dtype=torch.float32))
+        ssm = torch.promote_types(conv.dtype, torch.float32)
+        return MambaState(conv, conv.new_zeros(batch_size, self.d_inner, self.d_state, dtype=ssm))

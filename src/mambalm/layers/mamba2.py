@@ -220,4 +220,4 @@ class Mamba2(nn.Module):
         """The state before the first token; ``dtype`` is that of the activations."""
         conv = self.conv1d.init_state(batch_size, dtype, device)
         shape = (batch_size, self.nheads, self.headdim, self.d_state)
-        return MambaState(conv, conv.new_zeros(shape, dtype=torch.float32))
+        return MambaState(conv, conv.new_zeros(shape, dtype=torch.promote_types(conv.dtype, torch.float32)))

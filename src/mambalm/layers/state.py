@@ -151,7 +151,7 @@ class MambaState(_Batched):
 
     Attributes:
         conv: the last k - 1 inputs of the convolution, oldest first (b, channels, k - 1), in the activations' dtype.
-        ssm: the state h, float32: (b, d, n) for Mamba, (b, h, p, n) for Mamba-2.
+        ssm: the state h, float32 (float64 in a float64 model): (b, d, n) for Mamba, (b, h, p, n) for Mamba-2.
     """
 
     _activations: ClassVar[tuple[str, ...]] = ("conv",)

@@ -106,7 +106,8 @@ def read_cache(cache: Cache) -> State | None:
         conv = layer.conv_states[0]
         # Not [-(k-1):], which for k = 1 would keep all.
         inputs = conv[..., conv.shape[-1] - layer.conv_kernel_size[0] + 1 :]
-        layers.append(MambaState(inputs.clone(), layer.recurrent_states[0].float().clone()))
+        ssm = layer.recurrent_states[0]
+        layers.append(MambaState(inputs.clone(), ssm.to(torch.promote_types(ssm.dtype, torch.float32), copy=True)))
     position = torch.zeros(layers[0].conv.shape[0], dtype=torch.int64, device=layers[0].conv.device)
     return State(tuple(layers), position)
 
