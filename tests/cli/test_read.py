@@ -138,6 +138,28 @@ def test_killed_and_resumed(tiny_checkpoint: Path, book: Path, killed: Path, exp
     assert contents(killed) == expected
 
 
+@pytest.mark.parametrize(("seconds", "left"), [("0", "goes on from the last checkpoint"), ("99", "begins anew: no ch")])
+def test_interrupted(
+    seconds: str, left: str, tiny_checkpoint: Path, book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, calls = Session.read, []
+
+    def interrupted(session: Session, tokens: list[int]) -> None:
+        calls.append(len(tokens))
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        read(session, tokens)
+
+    monkeypatch.setattr(Session, "read", interrupted)
+    result = call(
+        "read", tiny_checkpoint, book, "-o", book.with_name("a.state"), "--checkpoint-seconds", seconds, *QUICK
+    )
+    assert result.exit_code == 130
+    assert f"Interrupted; the same command {left}" in result.stderr
+    assert book.with_name("a.state.partial").exists() == (seconds == "0")
+    assert not book.with_name("a.state").exists()
+
+
 def test_generate_behind_a_state(
     tiny_checkpoint: Path, tiny_tokenizer: PreTrainedTokenizerFast, whole: Session, tmp_path: Path
 ) -> None:

@@ -63,7 +63,8 @@ def read(
         try:
             _run(reading, checkpoint_seconds, ProgressBar(console, "Reading"), _size(text))
         except KeyboardInterrupt:
-            console.print("Interrupted; the same command goes on from the last checkpoint.")
+            left = "goes on from the last checkpoint" if reading.is_kept else "begins anew: no checkpoint was made yet"
+            console.print(f"Interrupted; the same command {left}.")
             raise typer.Exit(_INTERRUPTED) from None
     seconds, count = max(time.monotonic() - began, 1e-9), session.position - first
     console.print(
@@ -106,6 +107,11 @@ class Reading:
             self._stream = TokenStream(tokenizer, source, begin=begin, mark=mark)
         except ValueError as error:
             raise self._refusal(str(error)) from error
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self._partial.exists()
 
     @property
     def offset(self) -> int:
