@@ -88,7 +88,11 @@ class Reading:
                     self.empty += 1
 
     def bad(self, message: str) -> None:
-        """Stop at a document that cannot be used, or pass over it if that is wanted."""
+        """Stop at a document that cannot be used, or pass over it if that is wanted.
+
+        Raises:
+            InputError: the message, unless documents are passed over.
+        """
         if not self.skip_bad:
             raise InputError(f"{message}. Mend it, or pass over such documents with --skip-bad")
         self.skipped += 1

@@ -66,5 +66,5 @@ class SegmentStreams:
 
 
 def fingerprint(tokens: Tensor) -> str:
-    """A hash of the tokens, to tell whether a run resumes on the data that it began with."""
+    """A hash of the tokens (n), to tell whether a run resumes on the data that it began with."""
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()[:16]

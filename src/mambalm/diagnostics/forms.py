@@ -31,7 +31,10 @@ Form = Callable[[Model, Sequence[Tensor], State], Reading]
 
 
 def one_pass(model: Model, documents: Sequence[Tensor], initial: State) -> Reading:
-    """Each document alone, in one call."""
+    """Each document alone, in one call.
+
+    Here and in the other forms: `documents` are token ids, (l_i) each, `initial` has a row for each.
+    """
     return _alone(model, documents, initial, lambda document: [document])
 
 

@@ -58,7 +58,8 @@ class Check:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64; the plain norm of the difference where the latter is 0.
+    """||actual - expected|| / ||expected|| of two tensors of one shape, in float64; the plain norm of the difference
+    where the latter is 0.
 
     Raises:
         ValueError: the shapes differ.

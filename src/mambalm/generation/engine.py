@@ -172,7 +172,7 @@ class Engine:
         yield from self.go_on(logits, state, chooser, settings, is_finished)
 
     def chooser(self, rows: int, settings: Settings, seen: Tensor | None = None) -> Chooser:
-        """What chooses the tokens of so many rows; see `Chooser.of` for the tokens `seen`."""
+        """What chooses the tokens of so many rows, of which each has `seen` some, bool (b, v); see `Chooser.of`."""
         vocabulary = self.model.config.vocab_size
         if settings.logprobs is not None and settings.logprobs > vocabulary:
             raise ValueError(f"logprobs is {settings.logprobs}, of a vocabulary of {vocabulary} tokens: ask for fewer")

@@ -91,7 +91,10 @@ def keep_likeliest(logits: Tensor, k: int | Tensor = 0, p: float | Tensor = 1.0)
 
 
 def keep_min_p(logits: Tensor, p: float | Tensor) -> Tensor:
-    """Keep the tokens at least p times as probable as the likeliest one (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Keep the tokens at least p times as probable as the likeliest one (Nguyen et al. 2024, arXiv:2407.01082).
+
+    Logits are (b, v); p is a number for all rows, or (b, 1).
+    """
     below = torch.as_tensor(p, device=logits.device, dtype=logits.dtype).log()
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + below, -torch.inf)
 

@@ -69,6 +69,6 @@ class Snapshot:
         return self.state.nbytes + self.counts.nbytes + (0 if self.logits is None else self.logits.nbytes)
 
     def after(self, tokens: Sequence[int], logits: Tensor | None, state: State) -> Snapshot:
-        """The snapshot when `tokens` were read, which led to these logits and this state."""
+        """The snapshot when `tokens` were read, which led to these logits (1, v) and this state."""
         read = torch.tensor(tokens, dtype=torch.int64).bincount(minlength=len(self.counts)).int()
         return Snapshot(state, logits, self.counts + read, advance(self.digest, tokens))

@@ -29,7 +29,7 @@ class Reader(Protocol):
         """Read a token per row (b); the logits after it (b, v), overwritten by the next call."""
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row i be what row `rows[i]` was."""
+        """Let row i be what row `rows[i]` was; rows (b), int64."""
 
     def state(self) -> State:
         """What was read, as a value."""

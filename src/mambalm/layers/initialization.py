@@ -46,7 +46,11 @@ def reset_projection(module: nn.Linear | nn.Conv1d, scale: float = 1.0) -> None:
 
 
 def residual_scale(residual_branches: int) -> float:
-    """The factor on a weight whose output is added to a residual stream, one of ``residual_branches`` to be (GPT-2)."""
+    """The factor on a weight whose output is added to a residual stream, one of ``residual_branches`` to be (GPT-2).
+
+    Raises:
+        ValueError: there is not one branch.
+    """
     if residual_branches < 1:
         raise ValueError(f"residual_branches must be at least 1 (1: no rescaling), got {residual_branches}")
     return 1 / math.sqrt(residual_branches)

@@ -53,12 +53,12 @@ class StateCache(Cache):
         self.state = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
+        """Row i becomes what row `beam_idx[i]` was, (b)."""
         if self.state is not None:
             self.state = self.state.reorder(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows."""
+        """Keep these rows, (b') of b."""
         if self.state is not None:
             self.state = self.state.index(indices)
 
@@ -69,7 +69,11 @@ class StateCache(Cache):
             self.state = self.state.index(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: a recurrent state does not go back."""
+        """Refused: a recurrent state does not go back.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(
             "a recurrent state cannot be cropped: keep the State from before the tokens and resume from it"
         )

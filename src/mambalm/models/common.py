@@ -278,6 +278,9 @@ class MambalmForCausalLM(MambalmPreTrainedModel, GenerationMixin):
             skip_logits: with labels, return the loss alone: tokens x vocabulary logits are never held in memory.
             targets: (b, l), instead of labels: what each position predicts, as a data loader has shifted it.
             z_loss: weight of the squared log-normaliser in the loss, as in `mambalm.ops.linear_cross_entropy`.
+
+        Raises:
+            TypeError, ValueError: arguments that exclude each other, or see `MambalmModel.forward`.
         """
         if labels is not None and targets is not None:
             raise ValueError("labels and targets exclude each other: give the tokens, or what each one predicts")

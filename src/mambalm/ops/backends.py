@@ -52,7 +52,11 @@ class Call:
 
 
 def requested(backend: str | None) -> str:
-    """The name asked for by the argument or the enclosing ``use``; "" stands for automatic choice."""
+    """The name asked for by the argument or the enclosing ``use``; "" stands for automatic choice.
+
+    Raises:
+        BackendError: there is no backend of that name.
+    """
     name = backend if backend is not None else _forced
     if name is not None and name not in NAMES:
         raise BackendError(f"unknown backend {name!r}; the backends are {', '.join(NAMES)}")
@@ -146,6 +150,9 @@ def explain(
     """For each backend of ``op``: None if it would run such a call, else the reason why not. Best first.
 
     Sizes left out are those of a mamba-130m (d=1536, n=16) or mamba2-130m (h=24, p=64, n=128) layer.
+
+    Raises:
+        ValueError: there is no such op.
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")

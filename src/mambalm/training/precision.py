@@ -43,6 +43,9 @@ def policy(name: str, device: torch.device) -> Policy:
 
     "bf16" computes in bfloat16; "fp16" in float16 with a scaled loss; "v100" (Kotomamba's) computes in float32 and sums
     gradients over ranks in float16; "fp32" does all in float32.
+
+    Raises:
+        ValueError: there is no such policy.
     """
     if name == "bf16":
         return Policy(device, torch.bfloat16)

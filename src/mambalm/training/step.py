@@ -41,7 +41,10 @@ class Stepper:
         """Accumulate the gradients of some losses, computed one after the other, and clip them.
 
         Returns:
-            (the sum of the losses, the norm of the gradient before clipping), not yet waited for.
+            (the sum of the losses, the norm of the gradient before clipping), each (), not yet waited for.
+
+        Raises:
+            ValueError: there is no loss.
         """
         self.optimizer.zero_grad(set_to_none=True)
         total: Tensor | None = None
