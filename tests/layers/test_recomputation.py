@@ -193,6 +193,15 @@ def test_a_change_in_place_is_noticed() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("kind", [Mamba, Mamba2])
+def test_torch_func(kind: type[Mamba] | type[Mamba2]) -> None:
+    """It takes no hooks on saved tensors, which a layer on a GPU has by default."""
+    layer, x = kind(32, recompute=True), torch.randn(2, 9, 32, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).square().sum(), x)[0]
+    per_row = torch.func.vmap(torch.func.grad(lambda row: layer(row[None]).square().sum()))(x.detach())
+    assert torch.allclose(per_row, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_is_kept_without_gradients() -> None:
     layer = Mamba(16, recompute=True)
     with torch.no_grad():

@@ -13,11 +13,12 @@ from torch import Tensor
 def is_wanted(recompute: bool | str | None, x: Tensor) -> bool:
     """Whether the backward of a layer with this ``recompute`` (None: on a GPU) computes again what it made of ``x``.
 
-    torch.compile decides for itself what to keep, and so do hooks that are around already (checkpointing, offloading).
+    torch.compile decides for itself what to keep, and so do hooks that are around already (checkpointing, offloading);
+    torch.func takes no hooks.
     """
     if not (x.is_cuda if recompute is None else bool(recompute)):
         return False
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return False
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is None or _enclosing() is not None
 
