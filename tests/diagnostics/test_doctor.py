@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import sysconfig
 from collections import Counter
+from importlib.metadata import requires
 from pathlib import Path
 
 import llvmlite.binding
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from mambalm.diagnostics import doctor
 from mambalm.ops import linear, numba_support
 from mambalm.ops.backends import OPS
+from mambalm_cli import app
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "OPTIONAL", ("no-such-package",))
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package": "train"})
+    monkeypatch.setattr(doctor, "devices", dict)
+    monkeypatch.setattr(doctor, "products", list)
+    monkeypatch.setattr(doctor, "backends", list)
+    shown = CliRunner(env={"COLUMNS": "120"}).invoke(app, ["doctor"]).stdout
+    assert "not installed: pip install 'mambalm[train]'" in shown
     found = doctor.versions()
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__
     assert found["no-such-package"] == "not installed"
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    declared = {
+        (re.split(r"[^\w-]", line)[0], line.partition("extra == ")[2].strip("'\"")) for line in requires("mambalm")
+    }
+    assert {(name, extra) for name, extra in doctor.OPTIONAL.items() if extra is not None} <= declared
 
 
 def test_one_backend_of_each_op_and_device_is_chosen_and_the_first_that_can_run() -> None:

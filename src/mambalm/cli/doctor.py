@@ -14,7 +14,8 @@ def doctor() -> None:
     console = Console()
     table = Table("package", "version", title="Versions")
     for package, version in diagnosis.versions().items():
-        table.add_row(package, version)
+        extra = diagnosis.OPTIONAL.get(package) if version == "not installed" else None
+        table.add_row(package, version if extra is None else f"{version}: pip install 'mambalm\\[{extra}]'")
     console.print(table)
     table = Table("device", "description", title="Devices")
     for device, description in diagnosis.devices().items():

@@ -212,9 +212,9 @@ def _evaluation_seconds(run: Run, tokenizer: PreTrainedTokenizerFast, text: str)
 
 def _describe(console: Console, run: Run, split: Split, folder: Folder) -> None:
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    known, held_out = len(split.training), len(split.held_out)
+    known, held_out, threads = len(split.training), len(split.held_out), torch.get_num_threads()
     console.print(
-        f"{parameters / 1e6:.1f}M parameters, {torch.get_num_threads()} threads, "
+        f"{parameters / 1e6:.1f}M parameters, {threads} {'thread' if threads == 1 else 'threads'}, "
         f"matrix products in {str(run.compute_dtype).removeprefix('torch.')}; "
         f"{known} files to learn from, {held_out} held out ({len(split.held_out_stream.encode()):,} bytes)",
         highlight=False,

@@ -17,7 +17,16 @@ from mambalm.ops import linear
 from mambalm.ops.backends import OPS
 
 CORE = ("mambalm", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "numba")
-OPTIONAL = ("triton", "peft", "bitsandbytes", "torchao", "datasets", "datatrove", "lm-eval", "lighteval", "fastapi")
+# And the extra that brings it; Triton comes with torch's builds for GPUs.
+OPTIONAL = {
+    "triton": None,
+    "datasets": "train",
+    "datatrove": "train",
+    "peft": "train",
+    "bitsandbytes": "quant",
+    "torchao": "quant",
+    "lm-eval": "eval",
+}
 COMPILERS = ("cc", "gcc", "clang", "cl")
 NEEDS_COMPILER = "Triton's first launch and torch.compile on a CPU need a C compiler and Python's headers"
 
@@ -36,7 +45,7 @@ class Backend:
 def versions() -> dict[str, str]:
     """Version of Python and of every package that mambalm builds on; "not installed" where there is none."""
     found = {"python": platform.python_version()}
-    for package in CORE + OPTIONAL:
+    for package in (*CORE, *OPTIONAL):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
