@@ -17,6 +17,7 @@ from mambalm.layers import mamba, mamba2
 from mambalm.training.distributed import Ranks
 from mambalm.training.model import build_model
 from mambalm.training.parallelism import _compile, _recompute, _shard, parallelise
+from mambalm.training.parts import put_whole
 from mambalm.training.precision import policy
 from mambalm.training.recipe import ParallelSection
 from tests.helpers import FLOAT32, relative_error
@@ -98,6 +99,34 @@ def test_initial_values_are_those_of_a_whole_model(family: str, mesh: DeviceMesh
     assert model.state_dict().keys() == whole.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(value.full_tensor(), whole.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "transformer", "hybrid"])
+def test_a_whole_model_is_drawn_where_it_is_to_run(family: str, device: str) -> None:
+    whole = network(family)
+    after = torch.get_rng_state()
+    with torch.device("meta"):
+        model = network(family)
+    put_whole(model, 0, torch.device(device))
+    assert torch.equal(torch.get_rng_state(), after)
+    expected, found = whole.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert {value.device.type for value in found.values()} == {device}
+    assert all(torch.equal(value.cpu(), expected[name]) for name, value in found.items())
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in whole.parameters()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("start", [False, True])
+def test_a_recipe_s_model_is_made_on_the_gpu(tmp_path: Path, start: bool) -> None:
+    write_data(tmp_path)
+    network().save_pretrained(tmp_path / "model")
+    made = recipe(tmp_path, {"model": {"start": str(tmp_path / "model")}} if start else {})
+    model = build_model(made, precision=policy("fp32", torch.device("cuda")))
+    expected = build_model(made).state_dict()
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert all(torch.equal(value.cpu(), expected[name]) for name, value in model.state_dict().items())
 
 
 def test_a_checkpoint_in_half_precision_for_another_tokenizer(mesh: DeviceMesh, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mambalm.models.hybrid import MambaHybridForCausalLM
 from mambalm.models.loading import load
 from mambalm.models.quantized import DEFAULT_SKIPS
 from mambalm.training.adapters import Adapter, load_four_bits, put_on
+from mambalm.training.parts import put_whole
 from mambalm.training.precision import Policy
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ def build_model(
     *,
     sharded: bool = False,
 ) -> MambalmForCausalLM:
-    """The float32 model before the first step, on the CPU; one in 4 bits where it is to run, else as in its file.
+    """The float32 model before the first step, where it is to run; one in 4 bits otherwise as in its file.
 
     Args:
         recipe: which one.
         tokenizer: of its token files, whose special tokens it gets.
-        precision: what one in 4 bits computes in, and where; float32 on the CPU by default.
+        precision: where it is to run, and what one in 4 bits computes in; float32 on the CPU by default.
         sharded: it is to be spread by `parallelise`, which draws or reads then: a new one is on the meta device, and
             the parameters of a checkpoint are its files' pages, in its dtypes.
 
@@ -72,17 +73,22 @@ def build_model(
         ValueError: the configuration does not fit, or the tokenizer has more tokens than the model.
     """
     section = recipe.model
+    precision = precision or Policy(torch.device("cpu"))
+    elsewhere = precision.device.type != "cpu"
     if section.start is None:
         torch.manual_seed(recipe.seed)
-        with torch.device("meta" if sharded else "cpu"):
+        with torch.device("meta" if sharded or elsewhere else "cpu"):
             model = _FAMILIES[section.family](config_of(section))
+        if elsewhere and not sharded:
+            put_whole(model, recipe.seed, precision.device)
     elif recipe.adapter is not None and recipe.adapter.four_bits:
-        precision = precision or Policy(torch.device("cpu"))
         dtype = precision.compute_dtype
         others = torch.float32 if dtype == torch.float32 else None
         model = load_four_bits(section.start, precision.device, others, dtype)
     else:
-        model = load(section.start, dtype=None if sharded else torch.float32)
+        # New embeddings are drawn by the CPU's generator, as they are everywhere.
+        device = "cpu" if sharded or section.new_embeddings else precision.device
+        model = load(section.start, dtype=None if sharded else torch.float32, device=device)
         if section.new_embeddings:
             _renew_embeddings(model, tokenizer, recipe.seed)
     if tokenizer is not None:

@@ -49,7 +49,7 @@ def parallelise(
     """The network on its device, recomputing, compiled and spread as the section says.
 
     Args:
-        network: float32, on the CPU; one that is to be sharded also in another dtype, or not drawn yet and on meta.
+        network: float32; one that is to be sharded also in another dtype, or not drawn yet and on meta.
         section: how it is spread.
         precision: of compute and of sums over ranks.
         ranks: who takes part.

@@ -1,4 +1,5 @@
-"""The values of a model that no rank holds whole: each takes its part of what is drawn or read for a moment."""
+"""The values of a model that is never whole on the CPU: a rank takes its part of what is drawn or read for a moment, or
+a GPU all of it, block by block."""
 
 from __future__ import annotations
 
@@ -44,9 +45,21 @@ def put_parts(network: MambalmForCausalLM, parts: Parts, device: torch.device) -
             shape=parameter.shape,
             stride=parameter.stride(),
         )
-        module, _, leaf = name.rpartition(".")
-        network.get_submodule(module).load_state_dict({leaf: value}, strict=False, assign=True)
+        _assign(network, name, value)
     network.tie_weights()
+
+
+def put_whole(network: MambalmForCausalLM, seed: int, device: torch.device) -> None:
+    """Give a network on the meta device the initial values of one made whole after this seed, on ``device``."""
+    values = {name: value.to(device, copy=True) for name, value in draw(network, seed)}
+    for name, _ in list(network.named_parameters()):
+        _assign(network, name, values.pop(name))
+    network.tie_weights()
+
+
+def _assign(network: nn.Module, name: str, value: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    network.get_submodule(module).load_state_dict({leaf: value}, strict=False, assign=True)
 
 
 @torch.no_grad()
