@@ -160,13 +160,26 @@ def test_what_is_computed_again_changes_no_gradient(family: str, checkpointing: 
 def test_what_is_computed_again_is_not_kept(checkpointing: str) -> None:
     sizes = []
     for name in ("none", checkpointing):
-        model = network("mamba2")
+        model = network("transformer")
         parallelise(model, ParallelSection(checkpointing=name), policy("fp32", CPU), Ranks())
         kept: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.nbytes), t)[1], lambda t: t):
             loss_of(model, "fp32")
         sizes.append(sum(kept))
     assert sizes[1] < sizes[0]
+
+
+def test_mixers_compute_again_themselves() -> None:
+    def found(family: str, checkpointing: str, compiled: bool = False) -> set[tuple[Any, bool]]:
+        model = network(family)
+        _recompute(model, checkpointing, compiled)
+        return {(block.mixer.recompute, block.gradient_checkpointing) for block in model.backbone.layers}
+
+    for family in ("mamba", "mamba2"):
+        assert found(family, "none") == {(False, False)}
+        assert found(family, "selective") == {(True, False)}
+    assert found("mamba", "full") == {("layer", False)}
+    assert found("mamba", "full", compiled=True) == found("mamba2", "full") == {(False, True)}
 
 
 @pytest.mark.parametrize(("family", "checkpointing"), [("mamba", "selective"), ("transformer", "full")])

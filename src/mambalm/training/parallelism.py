@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mambalm.layers import Block, Mamba
+from mambalm.layers import Block, Mamba, Mamba2
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.training.distributed import Ranks
 from mambalm.training.parts import put_parts, take_parts
@@ -28,14 +28,7 @@ if TYPE_CHECKING:
 # stays float32, A_log, D and the bias of Δ above all.
 _LARGE = ("in_proj", "out_proj", "fc1", "fc2")
 # What "selective" keeps in blocks whose mixer has no recomputation of its own: what costs more than passes over memory.
-_COSTLY = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::bmm",
-    "aten::_scaled_dot_product",
-    "mambalm::ssd",
-    "mambalm::selective_scan",
-)
+_COSTLY = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product")
 
 
 def is_sharded(section: ParallelSection) -> bool:
@@ -66,7 +59,7 @@ def parallelise(
     if not is_sharded(section):
         moved: nn.Module = network
         moved.to(ranks.device)
-    _recompute(network, section.checkpointing)
+    _recompute(network, section.checkpointing, section.compile)
     if section.compile:
         _compile(network, section)
     if section.mode == "ddp":
@@ -77,13 +70,17 @@ def parallelise(
     return _shard(network, _mesh(section, ranks), precision, seed) if is_sharded(section) else network
 
 
-def _recompute(network: MambalmForCausalLM, checkpointing: str) -> None:
+def _recompute(network: MambalmForCausalLM, checkpointing: str, compiled: bool = False) -> None:
+    """Mixers that can compute what they keep again do so themselves, not under torch.compile; the others' blocks are
+    checkpointed."""
     blocks: Any = network.backbone.layers
     for block in blocks:
-        own = isinstance(block.mixer, Mamba)
+        own = isinstance(block.mixer, Mamba | Mamba2)
         if own:
             block.mixer.recompute = checkpointing == "selective"
-        if checkpointing == "full" or (checkpointing == "selective" and not own):
+        if isinstance(block.mixer, Mamba) and block.mlp is None and checkpointing == "full" and not compiled:
+            block.mixer.recompute = "layer"
+        elif checkpointing == "full" or (checkpointing == "selective" and not own):
             what: Any = {"context_fn": _keep_costly} if checkpointing == "selective" else {}
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **what)
