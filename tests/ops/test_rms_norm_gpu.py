@@ -16,7 +16,9 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("weight", [True, False])
-@pytest.mark.parametrize("shape", [(2, 3, 15), (15,), (0, 15), (1000, 15), (2, 70, 1920), (9, 5120), (2, 20010)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 15), (15,), (0, 15), (1000, 15), (2, 70, 1920), (9, 5120), (7, 2550), (2, 20010)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_against_reference(variant: str, dtype: torch.dtype, shape: tuple[int, ...], weight: bool) -> None:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="for 
 
 
 @pytest.mark.parametrize("weight", [True, False])
-@pytest.mark.parametrize("shape", [(2, 3, 15), (15,), (0, 15), (3, 1, 5, 105), (300, 15)])
+@pytest.mark.parametrize("shape", [(2, 3, 15), (15,), (0, 15), (3, 1, 5, 105), (300, 15), (3, 1530), (2, 1260)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_against_reference(variant: str, shape: tuple[int, ...], weight: bool) -> None:
     args = arguments(variant, *shape, weight=weight, dtype=torch.float32)

@@ -12,12 +12,12 @@ from mambalm.ops.triton_support import ceil_div, dense_channels, launch, on, pow
 # A group is held in the registers of one program.
 _MOST_CHANNELS = 65536
 
-# Elements of a program's tile, where a group is no larger, and of a warp. The fewer warps wait for each other at the
-# sums of a row the better, and a gate leaves registers for half as many elements.
-_TILE = 1024
-_WARP, _GATED_BACKWARD_WARP = 1024, 512
-# Warps of the backward per multiprocessor; each program keeps a share of the weight's gradient.
-_BACKWARD_WARPS, _GATED_BACKWARD_WARPS = 32, 64
+# Elements of a program's tile, where a group is no larger, and of a warp at most: the fewer warps wait for each other
+# at the sums of a row the better.
+_TILE, _WARP = 1024, 640
+# Warps of the backward per multiprocessor; each program keeps a share of the weight's gradient. Fewer have room where
+# a warp keeps more than so many inputs, which it does not with a gate.
+_BACKWARD_WARPS, _FEWER_BACKWARD_WARPS, _LIGHT = 24, 16, 384
 
 
 def supports(call: Call) -> str | None:
@@ -33,10 +33,15 @@ def _rows(t: Tensor) -> Tensor:
     return dense_channels(t.reshape(-1, t.shape[-1]))
 
 
-def _tile(group_size: int, elements_per_warp: int) -> dict[str, int]:
-    block = power_of_2(group_size)
-    rows = max(_TILE // block, 1)
-    return {"BLOCK": block, "ROWS": rows, "num_warps": min(rows * block // elements_per_warp, 16)}
+def _tile(group_size: int) -> dict[str, Any]:
+    """How a program holds a group: the least padded of 1, 3, 5 and 7 blocks of a power of two."""
+    whole = power_of_2(group_size)
+    rows = max(_TILE // whole, 1)
+    choices = ((parts * power_of_2(ceil_div(group_size, parts)), parts) for parts in (1, 3, 5, 7))
+    held, parts = min(choices) if rows == 1 else (whole, 1)
+    warps = min(power_of_2(ceil_div(rows * held, _WARP)), 16)
+    blocks = {"ROWS": rows, "PARTS": parts, "BLOCK": held // parts, "PADDED": held != group_size}
+    return {**blocks, "num_warps": warps}
 
 
 def _launch(kernel: Any, parts: int, group_size: int, inputs: dict[str, Tensor | None], **more: Any) -> None:
@@ -65,7 +70,7 @@ def forward(
     # The kernel is one whether it keeps the stream or not: the order of its sums must not depend on that.
     stream = torch.empty(x.shape if residual is not None and keep else (0,), dtype=stream_dtype, device=x.device)
     inputs = {name: None if t is None else _rows(t) for name, t in (("x", x), ("gate", gate), ("residual", residual))}
-    tile = _tile(group_size, _WARP)
+    tile = _tile(group_size)
     tokens = x.numel() // x.shape[-1]
     weight = None if weight is None else weight.contiguous()
     outputs = {"y": y, "total": stream, "kept": tokens if keep else 0}
@@ -86,9 +91,10 @@ def backward(
     """The gradients of the ``source`` (x, or the residual stream), of weight and of gate, and the first of them once
     more in ``branch_dtype``, for what was added to the stream in that dtype."""
     d = source.shape[-1]
-    tile = _tile(group_size, _WARP if gate is None else _GATED_BACKWARD_WARP)
-    warps = _BACKWARD_WARPS if gate is None else _GATED_BACKWARD_WARPS
+    tile = _tile(group_size)
     tiles = ceil_div(source.numel() // d, tile["ROWS"])
+    light = gate is not None or tile["ROWS"] * tile["PARTS"] * tile["BLOCK"] <= _LIGHT * tile["num_warps"]
+    warps = _BACKWARD_WARPS if light else _FEWER_BACKWARD_WARPS
     most = processors(source.device) * max(warps // tile["num_warps"], 1)
     programs = min(tiles, ceil_div(most, d // group_size))
     dsource = torch.empty(source.shape, dtype=source.dtype, device=source.device)
