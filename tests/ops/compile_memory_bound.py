@@ -17,17 +17,18 @@ from mambalm.ops.linear_cross_entropy import _triton_kernels as loss
 from mambalm.ops.rms_norm import _triton_kernels as norm
 from mambalm.ops.triton_sums import sum_shares
 
-ACTIVATIONS = {"x", "y", "dy", "dx", "gate", "dgate", "dbranch", "dlogits"}
+ACTIVATIONS = {"x", "y", "dy", "dy0", "dy1", "dy2", "dx", "gate", "dgate", "dbranch", "dlogits"}
 FLOATS = {"weight", "bias", "initial", "final", "dfinal", "dinitial", "shares", "residual", "total", "dstream"}
 FLOATS |= {"source", "dsource", "logits", "factors", "losses"}
 OTHERS = {"cu_seqlens": "*i32", "labels": "*i64", "eps": "fp32", "z_loss": "fp32"}
 
 TAPS = {"SILU": True, "K": 4, "PADDED": 4}
 ALONE = {"initial": None, "cu_seqlens": None}
+WHOLE = {"dy1": None, "dy2": None}
 # Kernel, compile-time arguments, warps; arguments that are None are compile-time ones.
 KERNELS: list[tuple[Any, dict[str, Any], int]] = [
     *((convolution.convolve_forward, {**TAPS, "BLOCK": 256, "ROWS": 8, **more}, 2) for more in ({}, ALONE)),
-    *((convolution.convolve_backward, {**TAPS, "BLOCK": 128, "ROWS": 8, **more}, 1) for more in ({}, ALONE)),
+    *((convolution.convolve_backward, {**TAPS, "BLOCK": 128, "ROWS": 8, **more}, 1) for more in ({}, ALONE | WHOLE)),
     (norm.norm_forward, {"gate": None, "ROWS": 1, "PARTS": 1, "BLOCK": 1024, "PADDED": True}, 2),
     (norm.norm_forward, {"residual": None, "total": None, "ROWS": 1, "PARTS": 5, "BLOCK": 1024, "PADDED": False}, 8),
     (norm.norm_backward, {"ROWS": 1, "PARTS": 5, "BLOCK": 1024, "PADDED": False}, 8),

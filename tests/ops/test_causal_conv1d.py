@@ -285,6 +285,18 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
         causal_conv1d(**(args | change))
 
 
+def test_parts_of_the_output_are_parts() -> None:
+    sizes = (3, 0, 2)
+    args = arguments(2, 9, 5, 4, dtype=torch.float32)
+    whole, state = causal_conv1d(**args, return_final_state=True)
+    parts, final_state = causal_conv1d(**args, return_final_state=True, sizes=sizes)
+    assert torch.equal(torch.cat(parts, dim=-1), whole)
+    assert torch.equal(final_state, state)
+    assert [part.shape[-1] for part in causal_conv1d(**args, sizes=sizes, backend="reference")] == list(sizes)
+    with pytest.raises(ValueError, match="must add up to the 5 channels"):
+        causal_conv1d(**args, sizes=(3, 1))
+
+
 def test_integers_are_refused() -> None:
     args: dict[str, Any] = {**arguments(1, 8, 4, 4)}
     with pytest.raises(TypeError, match="bias must be real floating point"):

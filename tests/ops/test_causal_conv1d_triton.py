@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
@@ -35,6 +36,35 @@ def test_against_reference(b: int, l: int, d: int, k: int, offsets: list[int] | 
     weights = output_weights(args)
     exact = gradients(convolution("reference", offsets), {name: t.double() for name, t in args.items()}, weights)
     assert_close(gradients(convolution("triton", offsets), args, weights), exact, FLOAT32)
+
+
+@pytest.mark.parametrize("unused", [(), (0,), (1, 2)])
+@pytest.mark.parametrize(
+    ("sizes", "offsets"),
+    [((128, 2, 3), None), ((128, 128, 5), [0, 3, 3, 8]), ((0, 128, 1), None), ((2, 4, 3), None), ((128,) * 4, None)],
+)
+def test_gradients_of_parts_where_they_lie(
+    sizes: tuple[int, ...], offsets: list[int] | None, unused: tuple[int, ...]
+) -> None:
+    """On the borders of blocks, within them, and more than are read apart."""
+    args = arguments(1, 8, sum(sizes), 4, rows=None if offsets is None else len(offsets) - 1, dtype=torch.float32)
+    y_weight, *rest = output_weights(args)
+    for part, use in zip(y_weight.split(sizes, dim=-1), range(len(sizes)), strict=True):
+        part.mul_(use not in unused)
+    packed = None if offsets is None else cu_seqlens(offsets)
+
+    def parts(**kwargs: Tensor) -> Tensor:
+        options = {"activation": "silu", "cu_seqlens": packed, "return_final_state": True, "backend": "triton"}
+        found, final_state = causal_conv1d(**kwargs, **options, sizes=sizes)
+        weights = y_weight.split(sizes, dim=-1)
+        used = [(y * w).sum() for i, (y, w) in enumerate(zip(found, weights, strict=True)) if i not in unused]
+        return sum(used) + (final_state * rest[0]).sum()
+
+    leaves = {name: t.clone().requires_grad_() for name, t in args.items()}
+    found = torch.autograd.grad(parts(**leaves), list(leaves.values()))
+    exact = gradients(convolution("reference", offsets), {n: t.double() for n, t in args.items()}, (y_weight, *rest))
+    names = [f"d{name}" for name in leaves]
+    assert_close(dict(zip(names, found, strict=True)), {name: exact[name] for name in names}, FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,20 +42,25 @@ class CausalConv1d(nn.Conv1d):
         """Draw weight and bias as torch does."""
         reset_projection(self)
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> Any:
         """Convolve x (b, l, d).
 
         Args:
             x: the inputs.
             initial_state: the k - 1 inputs before them, oldest first (b, d, k - 1); zero if None.
             cu_seqlens: int32 offsets (s + 1) of packed documents (b = 1); the states then have s rows.
+            sizes: of parts into which the output is cut.
 
         Returns:
-            y (b, l, d), and the last k - 1 inputs (b, d, k - 1).
+            y (b, l, d), or with ``sizes`` a tuple of its parts, and the last k - 1 inputs (b, d, k - 1).
         """
-        y, final_state = causal_conv1d(
+        return causal_conv1d(
             x,
             self.weight.squeeze(1),
             self.bias,
@@ -60,9 +68,9 @@ class CausalConv1d(nn.Conv1d):
             initial_state=initial_state,
             cu_seqlens=cu_seqlens,
             return_final_state=True,
+            sizes=sizes,
             backend=self.backend,
         )
-        return y, final_state
 
     def init_state(self, batch_size: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
         """Zero inputs (b, d, k - 1), by default in the weight's dtype and on its device."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambalm.layers.convolution import CausalConv1d
+from mambalm.layers.hooks import hooked
 from mambalm.layers.initialization import (
     assign,
     reset_projection,
@@ -181,10 +182,14 @@ class Mamba2(nn.Module):
     ) -> Any:
         """The state-space part between in_proj and out_proj: y, the new conv, and with return_state the new ssm."""
         inputs = (xBC, conv, cu_seqlens)
-        xBC, conv = self.conv1d(*inputs)
+        if hooked(self.conv1d):
+            y, conv = self.conv1d(*inputs)
+            parts = y.split(self._split_conv, dim=-1)
+        else:
+            parts, conv = self.conv1d(*inputs, sizes=self._split_conv)
+        u, B, C = parts
         if again is not None:
-            again.give(xBC, lambda *inputs: self.conv1d(*inputs)[0], *inputs)
-        u, B, C = xBC.split(self._split_conv, dim=-1)
+            again.give(u, lambda *inputs: self.conv1d(*inputs)[0], *inputs)
         heads, groups = (self.nheads, self.headdim), (self.ngroups, self.d_state)
         D = full_precision(self.D)
         # Packed documents are cheaper to read when nobody asks for their final states.

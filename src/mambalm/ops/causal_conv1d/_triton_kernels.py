@@ -203,15 +203,23 @@ def convolve_backward(
     bias,
     initial,
     cu_seqlens,
-    dy,
+    dy0,
+    dy1,
+    dy2,
     dfinal,
     dx,
     shares,
     dinitial,
     x_b,
     x_l,
-    dy_b,
-    dy_l,
+    dy0_b,
+    dy0_l,
+    dy1_b,
+    dy1_l,
+    dy2_b,
+    dy2_l,
+    first1,
+    first2,
     channels,
     length,
     documents,
@@ -223,12 +231,25 @@ def convolve_backward(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The gradients; ``shares`` (chunks, K + 1, channels) are the chunks' parts of those of the weights and the bias.
+    """The gradients, from those of y in up to three parts, of which the second and third begin at the channels
+    ``first1`` and ``first2``, at blocks. ``shares`` (chunks, K + 1, channels) are the chunks' parts of those of the
+    weights and the bias.
 
     The gradient of an input is complete K - 1 steps later, so a program goes on for as many into the next chunk. Those
     steps count for its shares, and not for the next chunk's.
     """
     blocks = tl.cdiv(channels, BLOCK)
+    dy, dy_b, dy_l = dy0, dy0_b, dy0_l
+    if dy1 is not None:
+        second = tl.program_id(0) % blocks * BLOCK >= first1
+        dy_b, dy_l = tl.where(second, dy1_b, dy_b), tl.where(second, dy1_l, dy_l)
+        if second:
+            dy = dy1 - first1
+    if dy2 is not None:
+        third = tl.program_id(0) % blocks * BLOCK >= first2
+        dy_b, dy_l = tl.where(third, dy2_b, dy_b), tl.where(third, dy2_l, dy_l)
+        if third:
+            dy = dy2 - first2
     channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels
     start = (tl.program_id(0) // blocks).to(tl.int64) * chunk

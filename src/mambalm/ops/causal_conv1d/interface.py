@@ -1,7 +1,12 @@
 """The public causal convolution: checks, dispatch, custom op with fake, autograd."""
 
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mambalm.ops import backends, checks
 from mambalm.ops.causal_conv1d import reference
@@ -18,8 +23,9 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    sizes: Sequence[int] | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """A depthwise causal convolution: each channel with its own filter, over the inputs up to now.
 
     With x_{-1}, x_{-2}, ... taken from the initial state::
@@ -35,26 +41,36 @@ def causal_conv1d(
         cu_seqlens: int32 offsets (s + 1) of the documents packed into one row (b = 1), from 0 to l. No document sees
             inputs of another. Empty documents are legal.
         return_final_state: return the final state too.
+        sizes: of parts, d channels in all, into which y is cut: their gradients are read where they lie then, if the
+            backend can, instead of being joined first.
         backend: one of ``mambalm.ops.backends.NAMES``; None leaves the choice to ``use_backend`` and the library.
 
     Returns:
-        y (b, l, d) in x's dtype; with return_final_state also the last k-1 inputs, (b, d, k-1) or (s, d, k-1), in x's
-        dtype; after fewer inputs than that, they begin with the newest of the initial state. Every argument but
-        cu_seqlens has a gradient, and gradients flow through the final state. Arithmetic is float32, float64 for a
-        float64 x.
+        y (b, l, d) in x's dtype, or with ``sizes`` a tuple of parts of it (b, l, size); with return_final_state also
+        the last k-1 inputs, (b, d, k-1) or (s, d, k-1), in x's dtype; after fewer inputs than that, they begin with the
+        newest of the initial state. Every argument but cu_seqlens has a gradient, and gradients flow through the final
+        state. Arithmetic is float32, float64 for a float64 x.
 
     Raises:
         ValueError, TypeError: a shape, device, dtype or activation does not fit; the message names it.
         BackendError: the backend asked for cannot run the call.
     """
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
+    if sizes is not None and sum(sizes) != x.shape[-1]:
+        raise ValueError(f"{_OP}: sizes must add up to the {x.shape[-1]} channels of x, got {list(sizes)}")
     silu = activation is not None
     name = backends.requested(backend)
     if name == "reference":
         y, final_state = reference.causal_conv1d(x, weight, bias, silu, initial_state, cu_seqlens)
     else:
         function = backends.way(_run, _forward, (x, weight, bias, initial_state, cu_seqlens), _differentiable)
+        plain = function is _differentiable.apply
+        if sizes is not None and plain and hasattr(_backend(x, weight, cu_seqlens, name), "PARTS"):
+            *parts, final_state = _Parts.apply(x, weight, bias, silu, initial_state, cu_seqlens, name, list(sizes))
+            return (tuple(parts), final_state) if return_final_state else tuple(parts)
         y, final_state = function(x, weight, bias, silu, initial_state, cu_seqlens, name)
+    if sizes is not None:
+        y = y.split(list(sizes), dim=-1)
     return (y, final_state) if return_final_state else y
 
 
@@ -89,6 +105,10 @@ def _call(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> backends.Call
     return backends.Call(_OP, x.device, x.dtype, sizes)
 
 
+def _backend(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, name: str) -> ModuleType:
+    return backends.choose(_call(x, weight, cu_seqlens), name)
+
+
 def _run(
     x: Tensor,
     weight: Tensor,
@@ -99,7 +119,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """y and the final state."""
-    module = backends.choose(_call(x, weight, cu_seqlens), backend)
+    module = _backend(x, weight, cu_seqlens, backend)
     with backends.exact(x.device):
         return module.forward(x, weight, bias, silu, initial_state, cu_seqlens)
 
@@ -126,10 +146,15 @@ def _run_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of x, weight, bias and initial_state; an absent one's is an empty tensor."""
-    module = backends.choose(_call(x, weight, cu_seqlens), backend)
     dy = torch.zeros_like(x) if dy is None else dy
+    return _gradients(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, backend)
+
+
+def _gradients(dy: Tensor | list[Tensor], dfinal_state: Tensor | None, *arguments: Any) -> list[Tensor]:
+    """As `_run_backward`, with dy in parts where the backend has PARTS."""
+    x, weight, bias, _, initial_state, cu_seqlens, backend = arguments
     with backends.exact(x.device):
-        gradients = module.backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens)
+        gradients = _backend(x, weight, cu_seqlens, backend).backward(dy, dfinal_state, *arguments[:-1])
     wanted = (x, weight, bias, initial_state)
     return [x.new_empty(0) if t is None else g.to(t.dtype).contiguous() for t, g in zip(wanted, gradients, strict=True)]
 
@@ -163,3 +188,28 @@ def _autograd(ctx, dy, dfinal_state):  # type: ignore[no-untyped-def]
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 _differentiable = backends.differentiable(_run, _forward, _setup_context, _autograd)
+
+
+class _Parts(torch.autograd.Function):
+    """y in parts, and the final state."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *arguments, ctx.sizes = inputs
+        y, final_state = _run(*arguments)
+        _setup_context(ctx, arguments, None)
+        return (*y.split(ctx.sizes, dim=-1), final_state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
+        *parts, dfinal_state = gradients
+        dy = [
+            x.new_zeros(1).expand(*x.shape[:2], size) if g is None else g
+            for g, size in zip(parts, ctx.sizes, strict=True)
+        ]
+        arguments = (x, weight, bias, ctx.silu, initial_state, cu_seqlens, ctx.backend)
+        dx, dweight, dbias, dinitial = _gradients(dy, dfinal_state, *arguments)
+        there = (None if bias is None else dbias, None if initial_state is None else dinitial)
+        return dx, dweight, there[0], None, there[1], None, None, None

@@ -1,5 +1,6 @@
 """The causal convolution on any GPU that Triton knows, and in Triton's interpreter on a CPU."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ _BACKWARD_REGISTERS, _BACKWARD_REGISTERS_TAPS = 128, 4
 _LEAST_TOKENS = 8
 _FORWARD_MOST_TOKENS, _BACKWARD_MOST_TOKENS = 64, 128
 _PROGRAMS = 16
+# Parts of y whose gradients the backward reads where they lie, if they begin at blocks of channels.
+PARTS = 3
 
 
 def supports(call: Call) -> str | None:
@@ -102,7 +105,7 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
+    dy: Tensor | Sequence[Tensor],
     dfinal_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
@@ -111,25 +114,42 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of x, weight, bias and initial_state. What the activation needs is computed again, not kept."""
+    """The gradients of x, weight, bias and initial_state. What the activation needs is computed again, not kept.
+
+    dy may be in parts, which are joined if there are more than PARTS, or one begins within a block of channels.
+    """
     d, k = weight.shape
     limited = x.is_cuda and torch.version.hip is None and k <= _BACKWARD_REGISTERS_TAPS
     call = _Call(x, weight, bias, silu, initial_state, cu_seqlens, _BACKWARD, _BACKWARD_MOST_TOKENS, limited)
-    dy = dense_channels(dy)
+    parts = _parts(dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     shares = torch.empty(call.chunks, k + 1, d, dtype=torch.float32, device=x.device)
     call.run(
         convolve_backward,
         call.chunks,
-        dy=dy,
+        **parts,
         dfinal=None if dfinal_state is None else dfinal_state.contiguous(),
         dx=dx,
         shares=shares,
         dinitial=dinitial,
-        dy_b=dy.stride(0),
-        dy_l=dy.stride(1),
     )
     # Summed in a fixed order, so that a run can be repeated bit for bit.
     sums = shares.sum(0)
     return dx, sums[:k].T.clone(memory_format=torch.contiguous_format), sums[k], dinitial
+
+
+def _parts(dy: Tensor | Sequence[Tensor]) -> dict[str, Any]:
+    """The parts of dy, their strides, and where all but the first begin."""
+    parts = [dy] if isinstance(dy, Tensor) else [part for part in dy if part.shape[-1]]
+    sizes = [part.shape[-1] for part in parts]
+    if len(parts) > PARTS or any(size % _BACKWARD["BLOCK"] for size in sizes[:-1]):
+        parts = [torch.cat(parts, dim=-1)]
+    parts = [dense_channels(part) for part in parts]
+    found: dict[str, Any] = {}
+    for i in range(PARTS):
+        part = parts[i] if i < len(parts) else None
+        found |= {f"dy{i}": part, f"first{i}": sum(sizes[:i])}
+        found |= {f"dy{i}_b": 0 if part is None else part.stride(0), f"dy{i}_l": 0 if part is None else part.stride(1)}
+    del found["first0"]
+    return found
