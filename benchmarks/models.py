@@ -47,9 +47,9 @@ class Training:
 TRAINING = (
     Training("130m", 32, 188e3, 64, 330e3),
     Training("130m", 32, 188e3, 64, 330e3, recompute=False),
-    Training("1.4b", 16, 32.2e3, 98, 52e3, kept=14),
-    Training("2.8b", 8, 17.6e3, 98, 28e3, kept=4),
-    Training("2.8b", 16, 14.3e3, 86, 24e3, scans=30, layers=34),
+    Training("1.4b", 16, 32.2e3, 98, 52e3, kept=16),
+    Training("2.8b", 8, 17.6e3, 98, 28e3, kept=5),
+    Training("2.8b", 16, 14.3e3, 86, 24e3, scans=34, layers=30),
     Training("mamba2-130m", 32, None, None, None),
     Training("mamba2-130m", 32, None, None, None, recompute=False),
     Training("mamba2-2.7b", 8, None, None, None),

@@ -45,6 +45,21 @@ def convolution(backend: str, offsets: list[int] | None = None, activation: str 
     return run
 
 
+@pytest.mark.parametrize("sizes", [(1536, 128, 128), (256, 64, 64), (128, 0, 40), (128, 128, 128, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_parts_where_they_lie(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    """The bits that joined gradients give; x is part of wider rows, as in a layer."""
+    args = on_gpu(arguments(2, 301, sum(sizes), 4, dtype=dtype))
+    args["x"] = torch.cat([args["x"], args["x"]], dim=-1)[..., : sum(sizes)]
+    leaves = {name: t.requires_grad_() for name, t in args.items()}
+    weights = [torch.randn(2, 301, size, device="cuda", dtype=dtype) for size in sizes]
+    options: dict[str, Any] = {"activation": "silu", "backend": "triton"}
+    found = torch.autograd.grad(causal_conv1d(**leaves, **options, sizes=sizes), list(leaves.values()), weights)
+    joined = torch.cat(weights, dim=-1)
+    expected = torch.autograd.grad(causal_conv1d(**leaves, **options), list(leaves.values()), joined)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize(("b", "l", "d", "k", "offsets"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", [None, "silu"])
