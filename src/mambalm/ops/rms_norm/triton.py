@@ -15,9 +15,10 @@ _MOST_CHANNELS = 65536
 # Elements of a program's tile, where a group is no larger, and of a warp at most: the fewer warps wait for each other
 # at the sums of a row the better.
 _TILE, _WARP = 1024, 640
-# Warps of the backward per multiprocessor; each program keeps a share of the weight's gradient. Fewer have room where
-# a warp keeps more than so many inputs, which it does not with a gate.
-_BACKWARD_WARPS, _FEWER_BACKWARD_WARPS, _LIGHT = 24, 16, 384
+# Warps of the backward per multiprocessor, as many as have room beside each other: with a gate or without, of few or
+# more elements a warp. Each program keeps a share of the weight's gradient.
+_FEW = 384
+_BACKWARD_WARPS = {(True, True): 32, (True, False): 24, (False, True): 24, (False, False): 16}
 
 
 def supports(call: Call) -> str | None:
@@ -93,8 +94,9 @@ def backward(
     d = source.shape[-1]
     tile = _tile(group_size)
     tiles = ceil_div(source.numel() // d, tile["ROWS"])
-    light = gate is not None or tile["ROWS"] * tile["PARTS"] * tile["BLOCK"] <= _LIGHT * tile["num_warps"]
-    warps = _BACKWARD_WARPS if light else _FEWER_BACKWARD_WARPS
+    few = tile["ROWS"] * tile["PARTS"] * tile["BLOCK"] <= _FEW * tile["num_warps"]
+    # A block of 4096 keeps more in registers than 5 of 1024.
+    warps = _BACKWARD_WARPS[gate is not None and (few or tile["PARTS"] > 1), few]
     most = processors(source.device) * max(warps // tile["num_warps"], 1)
     programs = min(tiles, ceil_div(most, d // group_size))
     dsource = torch.empty(source.shape, dtype=source.dtype, device=source.device)
