@@ -40,7 +40,7 @@ CASES: tuple[tuple[torch.dtype, tuple[int, ...], str], ...] = (
 )
 MOST = "90"  # the target for which all of them are compiled, for others the first
 HOPPER = "90"  # the target for which the outputs and the gradients of some are made by kernels of its own
-GLUON = (_gluon_kernels.scan, _gluon_kernels.chunks)
+GLUON = (_gluon_kernels.scan, _gluon_kernels.states, _gluon_kernels.chunks)
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -15,7 +14,6 @@ import triton.language as tl  # noqa: E402
 from mambalm.ops import BackendError, explain, ssd  # noqa: E402
 from mambalm.ops.ssd import _launch, _triton_kernels  # noqa: E402
 from mambalm.ops.ssd import triton as backend  # noqa: E402
-from mambalm.ops.ssd.arguments import Arguments  # noqa: E402
 from tests.helpers import FLOAT32, assert_close, gradients, relative_error  # noqa: E402
 from tests.ops.ssd_helpers import TOKENS, arguments, doubled, only_y, output_weights, scan, without_states  # noqa: E402
 
@@ -49,41 +47,6 @@ def test_rows_cut_into_segments(offsets: list[int] | None, monkeypatch: pytest.M
     weights = output_weights(args)
     exact = gradients(scan("reference", offsets), doubled(args), weights)
     assert_close(gradients(scan("triton", offsets), args, weights), exact, FLOAT32)
-
-
-@pytest.mark.parametrize("segments", [1, 4])
-@pytest.mark.parametrize("offsets", [None, [0, 0, 100, 160]])
-def test_states_of_both_ways_in_one_launch(
-    offsets: list[int] | None, segments: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are those that two launches make."""
-    for name in ("segments", "segments_of_states"):
-        monkeypatch.setattr(_launch.Problem, name, lambda self: segments)
-    args = arguments(1, 160, 2, 20, 4, rows=3 if offsets else None, dtype=torch.bfloat16)
-    packed = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
-    given = {name: args[name] for name in ("x", "dt", "A", "B", "C", "D")}
-    rest = {"z": None, "dt_bias": None, "dt_softplus": True, "dt_min": 0.0, "dt_max": math.inf, "chunk_size": 16}
-    problem = _launch.Problem.of(Arguments(**given, **rest, initial_state=args["initial_state"], cu_seqlens=packed))
-    dy, dfinal = torch.randn_like(args["x"]), torch.randn_like(args["initial_state"])
-    decays, dinitial, expected = backend.make_decays(problem), problem.new_states(), problem.new_states()
-    found = backend.scan_both_ways(problem, decays, dy, dfinal, dinitial)
-    back = backend.Pass(None, reverse=True, dy=dy, initial=dfinal, final=expected, keep=True)
-    ways = (backend.Pass(None, initial=args["initial_state"], keep=True), back)
-    there = torch.ones(problem.slots, dtype=torch.bool)
-    if offsets is not None:
-        there = torch.tensor(
-            [
-                any(
-                    a // 16 + i <= k < a // 16 + i - (a - b) // 16
-                    for i, (a, b) in enumerate(itertools.pairwise(offsets))
-                )
-                for k in range(problem.slots)
-            ]
-        )
-    for states, way in zip(found, ways, strict=True):
-        for one, other in zip(states, backend.scan_rows(problem, decays, way), strict=True):
-            assert torch.equal(one[there], other[there])
-    assert torch.equal(dinitial, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -82,6 +82,7 @@ def power_of_2(n: int) -> int:
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
+_constants: dict[int, list[bool]] = {}  # of a kernel, which parameters are known at compile time
 
 
 def launch(kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
@@ -91,7 +92,9 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], options: dict[
     if triton.knobs.runtime.interpret:
         kernel[(programs,)](*values, **options)
         return
-    kinds = [v if p.is_constexpr else _kind(v) for v, p in zip(values, kernel.params, strict=True)]
+    if (constants := _constants.get(id(kernel))) is None:
+        _constants[id(kernel)] = constants = [p.is_constexpr for p in kernel.params]
+    kinds = [v if fixed or v is None else _kind(v) for v, fixed in zip(values, constants, strict=True)]
     key = (id(kernel), triton.runtime.driver.active.get_current_device(), *kinds, *options.values())
     if (compiled := _compiled.get(key)) is None:
         _compiled[key] = kernel[(programs,)](*values, **options)
@@ -102,12 +105,12 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], options: dict[
 def _kind(value: Any) -> Any:
     """What Triton compiles for: a tensor's dtype and alignment; whether an integer is 1, a multiple of 16, or wide; a
     descriptor's dtype, tile and layout."""
+    if type(value) is int:
+        return 1 if value == 1 else (value % 16 == 0, value < 2**31)
     if isinstance(value, Tensor):
         return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype,)
     if hasattr(value, "block_shape"):
         return value.base.dtype, *value.block_shape, value.layout
-    if isinstance(value, int):
-        return 1 if value == 1 else (value % 16 == 0, value < 2**31)
     return value
 
 

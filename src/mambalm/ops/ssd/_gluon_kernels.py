@@ -12,12 +12,14 @@ range ends in the middle of a unit: the program takes that part first and hands 
 memory, so that none waits while ranges are longer than units. Ranges are given out in the order in which programs
 start: one that waits, waits for one that runs.
 
-`chunks` makes the gradients of one chunk and some heads of a group, from the states that enter the chunk and the
-gradients of those that leave it, as plain Triton's `keep` stored them: dx, the sums over these heads for dB and dC,
-and token by token what `finish` needs. A program has three warpgroups that compute, each for all of its heads one after
-the other: one sums dC and what the outputs read from the state that enters, one sums dB and what passes through the
-chunk, one makes dx and all that stays within the chunk. A warp copies tiles in, STAGES heads ahead, another makes their
-decays. All its tiles are 64 x 64.
+A backward begins with `states`: those that enter the chunks, forwards, and backwards in time the gradients of those
+that leave them, all kept as float16 with a power of two for each. A program follows two heads of a row, as above.
+
+Then `chunks` makes, from these, the gradients of one chunk and some heads of a group: dx, the sums over these heads for
+dB and dC, and token by token what `finish` needs. A program has three warpgroups that compute, each for all of its
+heads one after the other: one sums dC and what the outputs read from the state that enters, one sums dB and what passes
+through the chunk, one makes dx and all that stays within the chunk. A warp copies tiles in, STAGES heads ahead, another
+makes their decays. All its tiles are 64 x 64.
 """
 
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -313,11 +315,199 @@ def scan(
     )  # fmt: skip
 
 
+@gluon.jit
+def fitting(most):
+    """The power of two by which float16 holds values of up to ``most``, and its inverse; see plain Triton's."""
+    bits = gl.maximum(most.to(gl.int32, bitcast=True) & 0x7F800000, 15 << 23)
+    inverse = (254 << 23) - bits + (14 << 23)
+    return (bits - (14 << 23)).to(gl.float32, bitcast=True), inverse.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def first_head(pair, heads, per_group):
+    """Of a pair of heads of one group: the group and the first head. Where their number is odd, some are in two pairs,
+    which write the same."""
+    pairs = (per_group + 1) // 2
+    group = pair // pairs
+    return group, group * per_group + gl.minimum(pair % pairs * 2, gl.maximum(per_group - 2, 0))
+
+
+@gluon.jit
+def copy_inflow(
+    x_desc, dy_desc, keys_desc, queries_desc, us, keys, full, empty, reverse, token, count, group, head, second,
+    STAGES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    for i in range(count):
+        stage = i % STAGES
+        ready = full.index(stage)
+        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+        mbarrier.expect(ready, 2 * Q * (2 * P + N))
+        if reverse:
+            at = token + (count - 1 - i) * Q
+            copy_in(queries_desc, [at, group * N], ready, keys.index(stage))
+            copy_in(dy_desc, [at, head * P], ready, us.index(stage * 2))
+            copy_in(dy_desc, [at, second * P], ready, us.index(stage * 2 + 1))
+        else:
+            at = token + i * Q
+            copy_in(keys_desc, [at, group * N], ready, keys.index(stage))
+            copy_in(x_desc, [at, head * P], ready, us.index(stage * 2))
+            copy_in(x_desc, [at, second * P], ready, us.index(stage * 2 + 1))
+
+
+@gluon.jit
+def weigh_inflow(
+    step, decay, lines, full, empty, reverse, slot, count, head, slots,
+    HEAD: gl.constexpr, STAGES: gl.constexpr, Q: gl.constexpr,
+):  # fmt: skip
+    """Of each chunk, by what its inputs are multiplied and by what the state."""
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    t = gl.arange(0, Q, layout)
+    for i in range(count):
+        stage = i % STAGES
+        at = (head.to(gl.int64) * slots + slot + gl.where(reverse, count - 1 - i, i)) * Q
+        sums = gl.load(decay + at + t)
+        size = gl.load(step + at + t)
+        total = gl.load(decay + at + Q - 1)
+        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+        k = (stage * 2 + HEAD) * 2
+        lines.index(k).store(gl.where(reverse, gl.exp2(sums), gl.exp2(total - sums) * size))
+        lines.index(k + 1).store(gl.full([Q], 1.0, gl.float32, layout) * gl.exp2(total))
+        mbarrier.arrive(full.index(stage), count=1)
+
+
+@gluon.jit
+def follow_state(
+    states_desc, scales, initial, dfinal, dinitial, us, keys, lines, kept, full, empty,
+    reverse, row, tokens, slot, count, head, heads, slots,
+    HEAD: gl.constexpr, STAGES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """Store the states of one head of a row that enter its chunks, or the gradients of those that leave them."""
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    cells = gl.expand_dims(gl.arange(0, P, gl.SliceLayout(1, wide)), 1) * N
+    cells += gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, wide)), 0)
+    corner = (row * heads + head).to(gl.int64) * (P * N)
+    state = gl.zeros([P, N], gl.float32, wide)
+    if reverse:
+        if dfinal is not None:
+            state = gl.load(dfinal + corner + cells).to(gl.float32)
+    else:
+        if initial is not None:
+            state = gl.load(initial + corner + cells).to(gl.float32)
+    for i in range(count):
+        stage = i % STAGES
+        chunk = gl.where(reverse, count - 1 - i, i)
+        left = tokens - chunk * Q
+        u, key = us.index(stage * 2 + HEAD), keys.index(stage)
+        k = (stage * 2 + HEAD) * 2
+        scale, inverse = fitting(gl.max(gl.max(gl.abs(state), axis=1), axis=0))
+        half = (state * inverse).to(gl.float16)
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        if left < Q:
+            clear_rest(u, left, P, Q)
+            clear_rest(key, left, N, Q)
+            fence_async_shared()
+            barrier()
+        weight = gl.expand_dims(lines.index(k).load(gl.SliceLayout(0, operand)), 0)
+        inflow = u.permute((1, 0)).load(operand).to(gl.float32) * weight
+        rounded = inflow.to(gl.bfloat16)
+        rest = (inflow - rounded.to(gl.float32)).to(gl.bfloat16)
+        state *= gl.expand_dims(lines.index(k + 1).load(gl.SliceLayout(1, wide)), 1)
+        state = warpgroup_mma(rounded, key, state, is_async=True)
+        state = warpgroup_mma(rest, key, state, is_async=True)
+        tma.store_wait(0)
+        barrier()
+        kept.store(half)
+        fence_async_shared()
+        barrier()
+        at = (gl.where(reverse, slots, 0) + slot + chunk) * heads + head
+        copy_out(states_desc, [at * P, 0], kept)
+        gl.store(scales + at, scale)
+        state = warpgroup_mma_wait(0, deps=[state])
+        barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+    if dinitial is not None:  # noqa: SIM102 (known at compile time, the other not)
+        if reverse:
+            gl.store(dinitial + corner + cells, state)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=("length", "heads", "per_group", "slots", "half"))
+def states(
+    x_desc, dy_desc, keys_desc, queries_desc, states_desc, scales, initial, dfinal, dinitial, cu_seqlens, step, decay,
+    length, heads, per_group, slots, half,
+    STAGES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """States (2, slots, heads, p, n) and what they are divided by (2, slots, heads): the first ``half`` of the programs
+    makes those that enter the chunks, the others the gradients of those that leave them."""
+    program = gl.program_id(0)
+    reverse = program >= half
+    program -= gl.where(reverse, half, 0)
+    pairs = heads // per_group * ((per_group + 1) // 2)
+    row = program // pairs
+    group, head = first_head(program % pairs, heads, per_group)
+    second = gl.minimum(head + 1, group * per_group + per_group - 1)
+    if cu_seqlens is None:
+        token, tokens = row * length, length
+        slot = row * ((length + Q - 1) // Q)
+    else:
+        token = gl.load(cu_seqlens + row)
+        tokens = gl.load(cu_seqlens + row + 1) - token
+        slot = token // Q + row
+    count = (tokens + Q - 1) // Q
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    us = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, Q, P], x_desc.layout)
+    keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, Q, N], keys_desc.layout)
+    kept = gl.allocate_shared_memory(gl.float16, [2, P, N], states_desc.layout)
+    lines = gl.allocate_shared_memory(gl.float32, [STAGES * 4, Q], line)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for k in gl.static_range(STAGES):
+        mbarrier.init(full.index(k), count=3)
+        mbarrier.init(empty.index(k), count=2)
+    fence_async_shared()
+    barrier()
+    gl.warp_specialize(
+        [
+            (
+                follow_state,
+                (
+                    states_desc, scales, initial, dfinal, dinitial, us, keys, lines, kept.index(0), full, empty,
+                    reverse, row, tokens, slot, count, head, heads, slots, 0, STAGES, Q, P, N,
+                ),
+            ),
+            (
+                follow_state,
+                (
+                    states_desc, scales, initial, dfinal, dinitial, us, keys, lines, kept.index(1), full, empty,
+                    reverse, row, tokens, slot, count, second, heads, slots, 1, STAGES, Q, P, N,
+                ),
+            ),
+            (
+                copy_inflow,
+                (
+                    x_desc, dy_desc, keys_desc, queries_desc, us, keys, full, empty, reverse, token, count, group,
+                    head, second, STAGES, Q, P, N,
+                ),
+            ),
+            (
+                weigh_inflow,
+                (step, decay, lines, full, empty, reverse, slot, count, head, slots, 0, STAGES, Q),
+            ),
+            (
+                weigh_inflow,
+                (step, decay, lines, full, empty, reverse, slot, count, second, slots, 1, STAGES, Q),
+            ),
+        ],
+        [4, 1, 1, 1],
+        [232, 40, 40, 40],
+    )  # fmt: skip
+
+
 # Of one head, a line of a value for each token: the sums of log decays, the steps; the factors of what the outputs read
-# from the state, of what dB and dx get from the state's gradient; by what the float16 of x and dy are multiplied, the
-# factor of what passes through, and D.
-LINES = gl.constexpr(9)
-SUMS, STEP, READ, KEYS, INFLOW, X, DY, THROUGH, SKIP = (gl.constexpr(k) for k in range(9))
+# from the state, of what dB and dx get from the state's gradient, of what passes through; and D.
+LINES = gl.constexpr(7)
+SUMS, STEP, READ, KEYS, INFLOW, THROUGH, SKIP = (gl.constexpr(k) for k in range(7))
 
 
 @gluon.jit
@@ -346,36 +536,35 @@ def fit(keys, fitted, Q: gl.constexpr):
     """The keys as float16, divided by the power of two that is returned."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     low, high = keys.index(0).load(layout).to(gl.float32), keys.index(1).load(layout).to(gl.float32)
-    most = gl.max(gl.max(gl.maximum(gl.abs(low), gl.abs(high)), axis=1), axis=0)
-    bits = gl.maximum(most.to(gl.int32, bitcast=True) & 0x7F800000, 15 << 23)
-    inverse = ((254 << 23) - bits + (14 << 23)).to(gl.float32, bitcast=True)
+    scale, inverse = fitting(gl.max(gl.max(gl.maximum(gl.abs(low), gl.abs(high)), axis=1), axis=0))
     fitted.index(0).store((low * inverse).to(gl.float16))
     fitted.index(1).store((high * inverse).to(gl.float16))
-    return (bits - (14 << 23)).to(gl.float32, bitcast=True)
+    return scale
 
 
 @gluon.jit
 def copy_heads(
-    x_desc, dy_desc, states_desc, dstates_desc, inputs, states, full, empty, token, slot, first, count, heads,
+    x_desc, dy_desc, states_desc, inputs, states, full, empty, token, slot, first, count, heads, slots,
     STAGES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
     for i in range(count):
         stage = i % STAGES
         head = first + i
-        corner = (slot * heads + head) * N
+        corner = (slot * heads + head) * P
+        dcorner = corner + slots * heads * P
         ready = full.index(stage)
         mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
         mbarrier.expect(ready, 4 * P * (Q + N))
         copy_in(x_desc, [token, head * P], ready, inputs.index(stage * 2))
         copy_in(dy_desc, [token, head * P], ready, inputs.index(stage * 2 + 1))
         for half in gl.static_range(2):
-            copy_in(states_desc, [corner + half * (N // 2), 0], ready, states.index(stage * 4 + half))
-            copy_in(dstates_desc, [corner + half * (N // 2), 0], ready, states.index(stage * 4 + 2 + half))
+            copy_in(states_desc, [corner, half * (N // 2)], ready, states.index(stage * 4 + half))
+            copy_in(states_desc, [dcorner, half * (N // 2)], ready, states.index(stage * 4 + 2 + half))
 
 
 @gluon.jit
 def weigh_heads(
-    step, decay, scales, dscales, D, lines, full, empty, keys_by, slot, first, count, D_h, heads, slots,
+    step, decay, scales, D, lines, full, empty, keys_by, slot, first, count, D_h, heads, slots,
     STAGES: gl.constexpr, Q: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
@@ -384,12 +573,11 @@ def weigh_heads(
         stage = i % STAGES
         head = first + i
         at = (head.to(gl.int64) * slots + slot) * Q
-        corner = (slot.to(gl.int64) * heads + head) * 2
+        corner = slot * heads + head
         sums = gl.load(decay + at + t)
         size = gl.load(step + at + t)
         total = gl.load(decay + at + Q - 1)
-        by, x_by = gl.load(scales + corner), gl.load(scales + corner + 1)
-        dby, dy_by = gl.load(dscales + corner), gl.load(dscales + corner + 1)
+        by, dby = gl.load(scales + corner), gl.load(scales + slots * heads + corner)
         skip = 0.0
         if D is not None:
             skip = gl.load(D + head * D_h).to(gl.float32)
@@ -399,11 +587,9 @@ def weigh_heads(
         k = stage * LINES
         lines.index(k + SUMS).store(sums)
         lines.index(k + STEP).store(size)
-        lines.index(k + READ).store(gl.exp2(sums) * (by * dy_by))
-        lines.index(k + KEYS).store(end * size * (dby * x_by))
+        lines.index(k + READ).store(gl.exp2(sums) * by)
+        lines.index(k + KEYS).store(end * size * dby)
         lines.index(k + INFLOW).store(end * (dby * keys_by))
-        lines.index(k + X).store(same / x_by)
-        lines.index(k + DY).store(same / dy_by)
         lines.index(k + THROUGH).store(same * gl.exp2(total) * (by * dby))
         lines.index(k + SKIP).store(same * skip)
         mbarrier.arrive(full.index(stage), count=1)
@@ -429,12 +615,14 @@ def sum_pairs(
         head = first + i
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
         values = inputs.index(stage * 2 + (1 if QUERIES else 0)).load(operand).to(gl.float32)
-        inverse = lines.index(k + (DY if QUERIES else X)).load(gl.SliceLayout(1, operand))
-        values = gl.where(inside, values * gl.expand_dims(inverse, 1), 0.0).to(gl.float16)
-        factor = gl.expand_dims(lines.index(k + (READ if QUERIES else KEYS)).load(gl.SliceLayout(1, layout)), 1)
+        values = gl.where(inside, values, 0.0)
+        scale, inverse = fitting(gl.max(gl.abs(values), axis=1))
+        values = (values * gl.expand_dims(inverse, 1)).to(gl.float16)
+        factor = lines.index(k + (READ if QUERIES else KEYS)).load(gl.SliceLayout(1, layout))
+        factor = gl.expand_dims(factor * gl.convert_layout(scale, gl.SliceLayout(1, layout)), 1)
         of = stage * 4 + (0 if QUERIES else 2)
         zero = gl.zeros([Q, N // 2], gl.float32, layout)
-        new = warpgroup_mma(values, states.index(of).permute((1, 0)), zero, use_acc=False, is_async=True)
+        new = warpgroup_mma(values, states.index(of), zero, use_acc=False, is_async=True)
         new = warpgroup_mma_wait(0, deps=[new])
         new *= factor
         low += new
@@ -442,7 +630,7 @@ def sum_pairs(
             reads = gl.sum(new * own.index(0).load(layout).to(gl.float32), axis=1)
         # What comes before a wait, even for what is there, is done before it. Left to ptxas all sums would come last.
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        new = warpgroup_mma(values, states.index(of + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        new = warpgroup_mma(values, states.index(of + 1), zero, use_acc=False, is_async=True)
         new = warpgroup_mma_wait(0, deps=[new])
         new *= factor
         high += new
@@ -451,9 +639,9 @@ def sum_pairs(
             gl.store(sums + (head.to(gl.int64) * 3 * slots + slot) * Q + i_row, reads)
         else:  # the trace of a product is the sum of all products of the elements
             mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-            low_t, high_t = states.index(of - 2).permute((1, 0)), states.index(of - 1).permute((1, 0))
-            new = warpgroup_mma(low_t, states.index(of), zero, use_acc=False, is_async=True)
-            new = warpgroup_mma(high_t, states.index(of + 1), new, is_async=True)
+            low_t, high_t = states.index(of).permute((1, 0)), states.index(of + 1).permute((1, 0))
+            new = warpgroup_mma(states.index(of - 2), low_t, zero, use_acc=False, is_async=True)
+            new = warpgroup_mma(states.index(of - 1), high_t, new, is_async=True)
             new = warpgroup_mma_wait(0, deps=[new])
             row, column = places.load(gl.SliceLayout(1, layout)), places.load(gl.SliceLayout(0, layout))
             through = gl.sum(gl.where(gl.expand_dims(row, 1) == gl.expand_dims(column, 0), new, 0.0), axis=1)
@@ -524,8 +712,9 @@ def within_chunk(
         crossed = gl.sum(weights * size, axis=0)
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
         zero = gl.zeros([Q, P], gl.float32, layout)
-        result = warpgroup_mma(fitted.index(0), states.index(stage * 4 + 2), zero, use_acc=False, is_async=True)
-        result = warpgroup_mma(fitted.index(1), states.index(stage * 4 + 3), result, is_async=True)
+        low, high = states.index(stage * 4 + 2).permute((1, 0)), states.index(stage * 4 + 3).permute((1, 0))
+        result = warpgroup_mma(fitted.index(0), low, zero, use_acc=False, is_async=True)
+        result = warpgroup_mma(fitted.index(1), high, result, is_async=True)
         line = (head.to(gl.int64) * 3 * slots + slots + slot) * Q
         gl.store(crossing + line + i_column, crossed)
         factor = gl.expand_dims(lines.index(k + INFLOW).load(gl.SliceLayout(1, layout)), 1)
@@ -564,8 +753,8 @@ def within_chunk(
 
 @gluon.jit(do_not_specialize=("D_h", "length", "heads", "per_group", "groups", "rows", "slots", "shares", "tokens"))
 def chunks(
-    x_desc, dy_desc, keys_desc, queries_desc, states_desc, dstates_desc, dx_desc, dx, dB, dC, D, cu_seqlens, step,
-    decay, scales, dscales, crossing, writes, direct, skips, passed,
+    x_desc, dy_desc, keys_desc, queries_desc, states_desc, dx_desc, dx, dB, dC, D, cu_seqlens, step, decay, scales,
+    crossing, writes, direct, skips, passed,
     D_h, length, heads, per_group, groups, rows, slots, shares, tokens,
     STAGES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
@@ -581,7 +770,7 @@ def chunks(
     first += group * per_group
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     inputs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, Q, P], x_desc.layout)
-    states = gl.allocate_shared_memory(gl.float16, [STAGES * 4, N // 2, P], states_desc.layout)
+    states = gl.allocate_shared_memory(gl.float16, [STAGES * 4, P, N // 2], states_desc.layout)
     keys = gl.allocate_shared_memory(gl.bfloat16, [2, Q, N // 2], keys_desc.layout)
     queries = gl.allocate_shared_memory(gl.bfloat16, [2, Q, N // 2], queries_desc.layout)
     fitted = gl.allocate_shared_memory(gl.float16, [2, Q, N // 2], states_desc.layout)
@@ -638,14 +827,14 @@ def chunks(
             (
                 copy_heads,
                 (
-                    x_desc, dy_desc, states_desc, dstates_desc, inputs, states, full, empty,
-                    token, slot, first, count, heads, STAGES, Q, P, N,
+                    x_desc, dy_desc, states_desc, inputs, states, full, empty,
+                    token, slot, first, count, heads, slots, STAGES, Q, P, N,
                 ),
             ),
             (
                 weigh_heads,
                 (
-                    step, decay, scales, dscales, D, lines, full, empty, keys_by,
+                    step, decay, scales, D, lines, full, empty, keys_by,
                     slot, first, count, D_h, heads, slots, STAGES, Q,
                 ),
             ),

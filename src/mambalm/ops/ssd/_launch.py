@@ -110,17 +110,6 @@ class Problem:
             count *= 2
         return count
 
-    def segments_of_states(self) -> int:
-        """As `segments`, for a scan both ways that makes states alone, of which a multiprocessor has two at a time. Cut
-        rows are gone through once more, in about 0.6 of the time."""
-        chunks = -(-self.b * self.l // (max(self.rows, 1) * self.chunk))
-
-        def time(count: int) -> float:
-            waves = -(-self.rows * self.blocks * count // processors(self.device))
-            return waves * -(-chunks // count) * (1 if count == 1 else 1.6)
-
-        return min((1 << k for k in range(max(chunks // 4, 1).bit_length())), key=time)
-
     def shares(self, parts: int) -> int:
         """Programs that divide the blocks of a group between them, where chunks of ``parts`` programs are too few."""
         wanted = 2 * processors(self.device) // max(self.slots * self.g * parts, 1)
@@ -143,11 +132,11 @@ class Problem:
             return self.empty(*shape, tiles["P"]), None
         return self.empty(*shape, tiles["P"], dtype=torch.float16), self.empty(self.slots, self.blocks, 2)
 
-    def shared_gradients(self, shares: int) -> tuple[Tensor, Tensor]:
+    def shared_gradients(self, shares: int) -> dict[str, Tensor | None]:
         """Room for the shares of programs in the gradients of B and C (shares, b, l, g, n)."""
         dtype = self.dtype if shares == 1 else torch.float32
         dBC = self.empty(2, shares, self.b, self.l, self.g, self.n, dtype=dtype)
-        return dBC[0], dBC[1]
+        return {"dB": dBC[0], "dC": dBC[1]}
 
     def new_states(self) -> Tensor:
         """A state of each row."""

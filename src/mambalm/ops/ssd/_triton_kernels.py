@@ -8,7 +8,7 @@ channels of one head: the blocks of a head share its decays and are otherwise he
 time, with C and B exchanged and the output's gradient for the input, it computes the input's gradient. Both keep the
 states that enter each chunk (`keep`). From them `pairs` computes the gradients of B and C, a chunk at a time and over
 all heads of a group, and what those of D and, token by token, of the steps and log decays are sums of, which `finish`
-puts together. `scan_both_ways` makes the states of both directions at once, for a `pairs` that needs no dx from a scan.
+puts together.
 
 Sums of log decays are counted in powers of two. Of float32 inputs, whole and broken parts are summed apart (`whole`),
 so that small steps are not lost beside large ones. Products run on matrix units: operands are rounded to OPERAND, sums
@@ -254,7 +254,6 @@ def scan(
     channels: tl.constexpr,
     state_size: tl.constexpr,
     slots,
-    before,
     SEGMENTS: tl.constexpr,
     SUMMARY: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -270,12 +269,11 @@ def scan(
 
     Forwards: u = x, key = B, query = C, out = y, or dz where dy is given. REVERSE: u = dy, key = C,
     query = B, out = dx. SUMMARY: only what the segment does to a state, (rows, SEGMENTS, heads, p, n) into ``ends`` and
-    its decay into ``totals``, from which the other segments start when they are computed. ``before`` programs of the
-    launch do something else.
+    its decay into ``totals``, from which the other segments start when they are computed.
     """
     blocks = tl.cdiv(channels, P)
-    block = (tl.program_id(0) - before) % (heads * blocks)
-    piece = ((tl.program_id(0) - before) // (heads * blocks)).to(tl.int64)
+    block = tl.program_id(0) % (heads * blocks)
+    piece = (tl.program_id(0) // (heads * blocks)).to(tl.int64)
     row, segment = piece // SEGMENTS, (piece % SEGMENTS).to(tl.int32)
     head, first = block // blocks, block % blocks * P
     group = head // per_group
@@ -366,71 +364,6 @@ def scan(
     if final is not None and not SUMMARY:  # noqa: SIM102 (known at compile time, the other not)
         if segment == (0 if REVERSE else SEGMENTS - 1):
             tl.store(final + (row * heads + head) * size + cells, h, mask=real)
-
-
-@triton.jit
-def scan_both_ways(
-    x,
-    dy,
-    B,
-    C,
-    initial,
-    dfinal,
-    cu_seqlens,
-    step,
-    decay,
-    whole,
-    ends,
-    totals,
-    dends,
-    dtotals,
-    states,
-    scales,
-    dstates,
-    dscales,
-    dinitial,
-    x_b,
-    x_l: tl.constexpr,
-    x_h,
-    dy_b,
-    dy_l: tl.constexpr,
-    dy_h,
-    B_b,
-    B_l: tl.constexpr,
-    B_g,
-    C_b,
-    C_l: tl.constexpr,
-    C_g,
-    length,
-    heads: tl.constexpr,
-    per_group: tl.constexpr,
-    channels: tl.constexpr,
-    state_size: tl.constexpr,
-    slots,
-    half,
-    SEGMENTS: tl.constexpr,
-    SUMMARY: tl.constexpr,
-    Q: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """The states alone: the first ``half`` of the programs make those that enter the chunks, the others the gradients
-    of those that leave them."""
-    if tl.program_id(0) < half:
-        scan(
-            x, B, C, None, None, None, initial, cu_seqlens, step, decay, whole, ends, totals, None, states, scales,
-            None, x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, 0, 0, 0, 0, 0, 0, 0, 0, length, heads, per_group,
-            channels, state_size, slots, 0, SEGMENTS, SUMMARY, False, True, Q, P, N, OPERAND, PRECISION, STAGES,
-        )  # fmt: skip
-    else:
-        scan(
-            dy, C, B, None, None, None, dfinal, cu_seqlens, step, decay, whole, dends, dtotals, None, dstates, dscales,
-            dinitial, dy_b, dy_l, dy_h, C_b, C_l, C_g, B_b, B_l, B_g, 0, 0, 0, 0, 0, 0, 0, 0, length, heads, per_group,
-            channels, state_size, slots, half, SEGMENTS, SUMMARY, True, True, Q, P, N, OPERAND, PRECISION, STAGES,
-        )  # fmt: skip
 
 
 @triton.jit

@@ -1,5 +1,8 @@
 """ssd on Hopper GPUs: outputs and gradients by kernels in Gluon where they know the shape, else by plain Triton."""
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -20,6 +23,8 @@ __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 _CHANNELS, _STATES, _CHUNK, _STAGES, _SHORT = 64, 128, 64, 3, 64
 # What a program of the gradients takes beside its heads, in the time of one.
 _BESIDE = 4
+# What it leaves of a head: of what crosses tokens, what outputs read, and what reaches outputs and comes from inputs.
+_LINES = plain.Lines(crossings=3, others=1, some=_CHANNELS)
 
 
 def supports(call: Call) -> str | None:
@@ -72,13 +77,7 @@ def _tokens(t: Tensor | None, width: int) -> TensorDescriptor:
     return TensorDescriptor(t, shape, [t.stride(1), 1], [_CHUNK, width], _swizzled())
 
 
-def _states(t: Tensor | None) -> TensorDescriptor:
-    """Kept states (slots, heads, n, p) for the copy engine, in halves."""
-    assert t is not None
-    rows = t.shape[0] * t.shape[1] * t.shape[2]
-    return TensorDescriptor(t, [rows, t.shape[3]], [t.shape[3], 1], [t.shape[2] // 2, t.shape[3]], _swizzled())
-
-
+@functools.cache
 def _swizzled() -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
@@ -137,62 +136,96 @@ def scan_rows(problem: Problem, decays: Decays, wanted: Pass) -> States:
     return None, None
 
 
-def _shares(problem: Problem) -> int:
-    """Programs that divide the heads of a group between them: as many as are done soonest."""
-    heads, programs = problem.h // problem.g, processors(problem.device)
-
-    def time(shares: int) -> int:
-        return -(-problem.slots * problem.g * shares // programs) * (-(-heads // shares) + _BESIDE)
-
-    return min(range(1, heads + 1), key=time)
-
-
 def _backward(problem: Problem, dy: Tensor, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As `backward`, where the kernel makes all but the states."""
-    given = problem.tensors
-    x, initial = given["x"], given["initial"]
+    """As `backward`, by the kernels."""
+    x, initial = problem.tensors["x"], problem.tensors["initial"]
     assert x is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dinitial = None if initial is None else problem.new_states()
     dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     with on(problem.device):
         decays = plain.make_decays(problem)
-        entering, leaving = plain.scan_both_ways(problem, decays, dy, dfinal, dinitial)
-        shares = _shares(problem)
-        dB, dC = problem.shared_gradients(shares)
-        found = plain.sums_of_tokens(problem, 3, 1, _CHANNELS)
         arguments = {
             "x_desc": _tokens(x, _CHANNELS),
             "dy_desc": _tokens(dy, _CHANNELS),
-            "keys_desc": _tokens(given["B"], _STATES // 2),
-            "queries_desc": _tokens(given["C"], _STATES // 2),
-            "states_desc": _states(entering[0]),
-            "dstates_desc": _states(leaving[0]),
-            "dx_desc": _tokens(dx, _CHANNELS),
-            "dx": dx,
-            "dB": dB,
-            "dC": dC,
-            "D": given["D"],
-            "cu_seqlens": given["cu_seqlens"],
+            "cu_seqlens": problem.tensors["cu_seqlens"],
             "step": decays["step"],
             "decay": decays["decay"],
-            "scales": entering[1],
-            "dscales": leaving[1],
-            **{name: found[name] for name in ("crossing", "writes", "direct", "skips", "passed")},
-            "D_h": skip_strides(given["D"])["D_h"],
             "length": problem.l,
             "heads": problem.h,
             "per_group": problem.h // problem.g,
-            "groups": problem.g,
-            "rows": problem.rows,
             "slots": problem.slots,
-            "shares": shares,
-            "tokens": problem.b * problem.l,
             "STAGES": _STAGES,
             "Q": _CHUNK,
             "P": _CHANNELS,
             "N": _STATES,
         }
-        launch(_gluon_kernels.chunks, problem.slots * problem.g * shares, arguments, {"num_warps": 4})
-        found = plain.finish_sums(problem, decays, found, dB, dC)
+        kept = _keep_states(problem, arguments, dfinal, dinitial)
+        found = _chunks(problem, arguments, kept, dx)
+        found = plain.finish_sums(problem, decays, found, _LINES)
     return dx, found["ddt"], found["dA"], found["dB"], found["dC"], found["dD"], None, found["dbias"], dinitial
+
+
+def _keep_states(
+    problem: Problem, arguments: dict[str, Any], dfinal: Tensor | None, dinitial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The states that enter the chunks and the gradients of those that leave them (2, slots, h, p, n), and what they
+    are divided by (2, slots, h); ``dinitial`` is written."""
+    given, shape = problem.tensors, (2, problem.slots, problem.h)
+    states = problem.empty(*shape, problem.p, problem.n, dtype=torch.float16)
+    scales = problem.empty(*shape)
+    half = problem.rows * problem.g * -(-problem.h // problem.g // 2)
+    rest = {
+        "keys_desc": _tokens(given["B"], _STATES),
+        "queries_desc": _tokens(given["C"], _STATES),
+        "states_desc": _matrix(states, _STATES),
+        "scales": scales,
+        "initial": given["initial"],
+        "dfinal": dfinal,
+        "dinitial": dinitial,
+        "half": half,
+    }
+    launch(_gluon_kernels.states, 2 * half, {**arguments, **rest}, {"num_warps": 4})
+    return states, scales
+
+
+def _chunks(
+    problem: Problem, arguments: dict[str, Any], kept: tuple[Tensor, Tensor], dx: Tensor
+) -> dict[str, Tensor | None]:
+    """Shares in the gradients of B and C, and what `finish` puts together; ``dx`` is written."""
+    given, D = problem.tensors, problem.tensors["D"]
+    shares = _shares(problem.slots * problem.g, problem.h // problem.g, processors(problem.device))
+    found = plain.sums_of_tokens(problem, _LINES) | problem.shared_gradients(shares)
+    rest = {
+        **found,
+        "keys_desc": _tokens(given["B"], _STATES // 2),
+        "queries_desc": _tokens(given["C"], _STATES // 2),
+        "states_desc": _matrix(kept[0], _STATES // 2),
+        "scales": kept[1],
+        "dx_desc": _tokens(dx, _CHANNELS),
+        "dx": dx,
+        "D": D,
+        "D_h": skip_strides(D)["D_h"],
+        "groups": problem.g,
+        "rows": problem.rows,
+        "shares": shares,
+        "tokens": problem.b * problem.l,
+    }
+    launch(_gluon_kernels.chunks, problem.slots * problem.g * shares, {**arguments, **rest}, {"num_warps": 4})
+    return found
+
+
+def _matrix(states: Tensor, width: int) -> TensorDescriptor:
+    """Kept states (2, slots, h, p, n) for the copy engine, in tiles of ``width`` states."""
+    rows = states.shape[0] * states.shape[1] * states.shape[2] * states.shape[3]
+    return TensorDescriptor(states, [rows, _STATES], [_STATES, 1], [_CHANNELS, width], _swizzled())
+
+
+@functools.lru_cache(256)
+def _shares(chunks: int, heads: int, programs: int) -> int:
+    """Programs that divide the heads of a group between them: as many as are done soonest."""
+
+    def time(shares: int) -> int:
+        return -(-chunks * shares // programs) * (-(-heads // shares) + _BESIDE)
+
+    return min(range(1, heads + 1), key=time)

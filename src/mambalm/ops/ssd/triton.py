@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambalm.ops.backends import Call
 from mambalm.ops.ssd import _launch
-from mambalm.ops.ssd import _triton_kernels as _kernels
 from mambalm.ops.ssd._launch import Problem, checkpoint_shape, skip_strides, stride_arguments
 from mambalm.ops.ssd._triton_kernels import advance, finish, pairs, prepare, scan
 from mambalm.ops.ssd.arguments import Arguments
@@ -58,6 +57,15 @@ class Pass:
     keep: bool = False  # the states that enter the chunks
 
 
+class Lines(NamedTuple):
+    """How many lines of a value for each token a block has: of what crosses tokens, of all else; and how many sums of
+    what passes through a chunk a line has."""
+
+    crossings: int
+    others: int
+    some: int
+
+
 def run_forward(problem: Problem, final: bool, scan_with: Scan) -> tuple[Tensor, ...]:
     """As `forward`, with a given implementation of the scan."""
     y = problem.empty(problem.b, problem.l, problem.h, problem.p, dtype=problem.dtype)
@@ -88,8 +96,8 @@ def run_backward(
         back = Pass(dx, reverse=True, dy=dy, initial=dfinal, final=dinitial, keep=True)
         leaving = scan_with(problem, decays, back)
         chunks = _chunks(problem, decays, dy, entering, leaving)
-        dB, dC, dD, found = _pairs(problem, chunks)
-        found = finish_sums(problem, decays, found, dB, dC)
+        found, dD, lines = _pairs(problem, chunks)
+        found = finish_sums(problem, decays, found, lines)
     dD = found["dD"] if dD is None else dD
     return dx, found["ddt"], found["dA"], found["dB"], found["dC"], dD, dz, found["dbias"], dinitial
 
@@ -153,40 +161,11 @@ def _launch_scan(problem: Problem, decays: Decays, wanted: Pass, segments: int, 
     elif n * p > _CELLS:
         warps *= 2
     arguments = {**tensors, **strides, **skip_strides(D), **decays, **problem.sizes(), **tiles, **rest}
-    arguments |= {"D": D, "cu_seqlens": problem.tensors["cu_seqlens"], "SEGMENTS": segments, "before": 0}
+    arguments |= {"D": D, "cu_seqlens": problem.tensors["cu_seqlens"], "SEGMENTS": segments}
     arguments |= {"REVERSE": wanted.reverse, "CAREFUL": wanted.keep}
     arguments["STAGES"] = problem.stages(q * (p + matrices * n), q * q + n * p, most)
     if programs := problem.blocks * problem.rows * segments:
         launch(scan, programs, arguments, {"num_warps": warps})
-
-
-def scan_both_ways(
-    problem: Problem, decays: Decays, dy: Tensor, dfinal: Tensor | None, dinitial: Tensor | None
-) -> tuple[States, States]:
-    """The states that enter the chunks and the gradients of those that leave them, in one launch where the rows are
-    many or long; ``dinitial`` is written."""
-    given, segments = problem.tensors, problem.segments_of_states()
-    entering, leaving = problem.kept_states(), problem.kept_states()
-    tensors = {"x": given["x"], "dy": dy, "B": given["B"], "C": given["C"]}
-    strides = {k: v for name, t in tensors.items() for k, v in stride_arguments(name, t, _axes(name)).items()}
-    (most, warps), (q, p, n) = _STATES, (problem.tiles[name] for name in "QPN")
-    half = problem.blocks * problem.rows * segments
-    tensors |= {"initial": given["initial"], "dfinal": dfinal, "cu_seqlens": given["cu_seqlens"]}
-    rest = {"half": half, "SEGMENTS": segments, "STAGES": problem.stages(q * (p + n), q * q + n * p, most)}
-    arguments = {**tensors, **strides, **decays, **problem.sizes(), **problem.tiles, **rest}
-    targets = {"states": entering[0], "scales": entering[1], "dstates": leaving[0], "dscales": leaving[1]}
-    targets["dinitial"] = dinitial
-    ends: dict[str, Tensor | None] = dict.fromkeys(("ends", "totals", "dends", "dtotals"))
-    if segments > 1:
-        for way in ("", "d"):
-            ends[way + "ends"] = problem.empty(problem.rows * segments, problem.h, problem.p, problem.n)
-            ends[way + "totals"] = problem.empty(problem.rows * segments, problem.h)
-        nothing = dict.fromkeys(targets)
-        launch(
-            _kernels.scan_both_ways, 2 * half, {**arguments, **nothing, **ends, "SUMMARY": True}, {"num_warps": warps}
-        )
-    launch(_kernels.scan_both_ways, 2 * half, {**arguments, **targets, **ends, "SUMMARY": False}, {"num_warps": warps})
-    return entering, leaving
 
 
 def _axes(name: str) -> str:
@@ -203,62 +182,62 @@ def _chunks(problem: Problem, decays: Decays, dy: Tensor, entering: States, leav
     return {**tensors, **strides, **decays, **states, **rows, **problem.sizes(), **problem.tiles}
 
 
-def _pairs(problem: Problem, chunks: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Decays]:
-    """Shares in the gradients of B and C, that of D (h, p), and what `finish` puts together."""
+def _pairs(problem: Problem, chunks: dict[str, Any]) -> tuple[Decays, Tensor | None, Lines]:
+    """Shares in the gradients of B and C and what `finish` puts together, and the gradient of D (h, p)."""
     (most, warps), D = _PAIRS, problem.tensors["D"]
     q, p, n = (problem.tiles[name] for name in "QPN")
     some = min(_SOME, n)
     parts = n // some
     shares = problem.shares(parts)
-    dB, dC = problem.shared_gradients(shares)
     dD = problem.empty(problem.slots, problem.blocks, p) if D is not None and D.ndim == 2 else None
-    found = sums_of_tokens(problem, parts, parts, some)
+    lines = Lines(parts, parts, some)
+    found = sums_of_tokens(problem, lines) | problem.shared_gradients(shares)
     rest = {"groups": problem.g, "shares": shares, "tokens": problem.b * problem.l, "SOME": some}
     rest["STAGES"] = 1 if problem.short else problem.stages(2 * (q + some) * p, 2 * q * some + q * q, most)
-    results = {"dB": dB, "dC": dC, "dD": dD}
     if programs := problem.slots * problem.g * shares * parts:
-        launch(pairs, programs, {**chunks, **found, **results, **rest}, {"num_warps": warps})
+        launch(pairs, programs, {**chunks, **found, **rest, "dD": dD}, {"num_warps": warps})
     if dD is not None:
         dD = dD.sum(0).view(problem.h, -1)[:, : problem.p]
-    return dB, dC, dD, found
+    return found, dD, lines
 
 
-def sums_of_tokens(problem: Problem, crossings: int, parts: int, some: int) -> Decays:
-    """Room for what `finish` puts together: of each block ``crossings`` lines of what crosses its tokens and ``parts``
-    of all else, with ``some`` sums of what passes through the chunk."""
-    D = problem.tensors["D"]
-
-    def lines(count: int, size: int = problem.chunk) -> Tensor:
-        return problem.empty(problem.blocks, count, problem.slots, size)
-
-    return {
-        "crossing": lines(crossings),
-        "within": lines(parts) if problem.exact else None,
-        "writes": lines(parts),
-        "direct": lines(parts),
-        "skips": lines(parts) if D is not None and D.ndim == 1 else None,
-        "passed": lines(parts, some),
-    }
+def sums_of_tokens(problem: Problem, lines: Lines) -> Decays:
+    """Room for what `finish` puts together."""
+    D, tokens = problem.tensors["D"], problem.blocks * problem.slots * problem.chunk
+    sizes = {"crossing": lines.crossings * tokens, "writes": lines.others * tokens, "direct": lines.others * tokens}
+    if problem.exact:
+        sizes["within"] = lines.others * tokens
+    if D is not None and D.ndim == 1:
+        sizes["skips"] = lines.others * tokens
+    sizes["passed"] = lines.others * problem.blocks * problem.slots * lines.some
+    room = problem.empty(sum(sizes.values())).split(list(sizes.values()))  # quicker than many
+    return {"within": None, "skips": None, **dict(zip(sizes, room, strict=True))}
 
 
-def finish_sums(problem: Problem, decays: Decays, found: Decays, dB: Tensor, dC: Tensor) -> dict[str, Tensor | None]:
+def finish_sums(problem: Problem, decays: Decays, found: Decays, lines: Lines) -> Decays:
     """The gradients of dt, A, dt_bias and D (h), and those of B and C from their shares; None is one that is not there,
     or not here."""
-    dt, crossing, passed = problem.tensors["dt"], found["crossing"], found["passed"]
+    dt, dB, dC = problem.tensors["dt"], found["dB"], found["dC"]
     assert dt is not None
-    assert crossing is not None
-    assert passed is not None
+    assert dB is not None
+    assert dC is not None
     there = {"dA": True, "dbias": problem.tensors["bias"] is not None, "dD": found["skips"] is not None}
-    of_heads = {name: problem.empty(problem.slots, problem.h) if wanted else None for name, wanted in there.items()}
+    shares: Decays = dict.fromkeys(there)
+    names = [name for name, wanted in there.items() if wanted]
+    shares |= zip(names, problem.empty(len(names), problem.slots, problem.h).unbind(), strict=True)
     ddt = problem.empty(*dt.shape, dtype=dt.dtype)
     each = problem.blocks // problem.h
-    rest = {"blocks": each * passed.shape[1], "crossings": each * crossing.shape[1], "SOME": passed.shape[3]}
-    _launch_steps(finish, problem, {**found, **of_heads, **rest, "ddt": ddt, "step": decays["step"]})
-    shares, dtypes = {**of_heads, "dB": dB, "dC": dC}, [torch.float32] * 3 + [problem.dtype] * 2
+    rest = {"blocks": each * lines.others, "crossings": each * lines.crossings, "SOME": lines.some}
+    _launch_steps(finish, problem, {**found, **shares, **rest, "ddt": ddt, "step": decays["step"]})
+    dtypes = [torch.float32] * 3
     if dB.shape[0] == 1:
-        shares |= {"dB": None, "dC": None}
-    totals = dict(zip(shares, sums(list(shares.values()), dtypes), strict=True))
-    return {"ddt": ddt, **totals} if dB.shape[0] > 1 else {"ddt": ddt, **totals, "dB": dB[0], "dC": dC[0]}
+        return {"ddt": ddt, **zip_sums(shares, dtypes), "dB": dB[0], "dC": dC[0]}
+    return {"ddt": ddt, **zip_sums(shares | {"dB": dB, "dC": dC}, dtypes + [problem.dtype] * 2)}
+
+
+def zip_sums(shares: Decays, dtypes: list[torch.dtype]) -> Decays:
+    """`sums` by name."""
+    return dict(zip(shares, sums(list(shares.values()), dtypes), strict=True))
 
 
 def _advance(problem: Problem, y: Tensor, state: Tensor | None) -> None:
