@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mambalm.generation import Engine, Sampling, Settings, engine, read, step, steps
+from mambalm.generation import Engine, Sampling, Settings, engine, owned_state, read, step, steps
 from mambalm.generation.owned_state import OwnedState
 from mambalm.models.common import MambalmForCausalLM
 from tests.helpers import FLOAT32, relative_error
@@ -57,8 +57,8 @@ def rows_of(model: MambalmForCausalLM, settings: Settings, **more: Any) -> list[
 @pytest.mark.parametrize("room", [4, 1024])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_generate(family: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_ROOM", room)
-    monkeypatch.setattr(engine, "_AHEAD", 1)
+    monkeypatch.setattr(owned_state, "_ROOM", room)
+    monkeypatch.setattr(owned_state, "_AHEAD", 1)
     model = lively(family)
     for prompt, row in zip(PROMPTS, rows_of(model, Settings(max_new_tokens=12)), strict=True):
         expected = model.generate(prompt[None], max_new_tokens=12, do_sample=False)
@@ -66,9 +66,15 @@ def test_greedy_tokens_are_those_of_generate(family: str, room: int, monkeypatch
         assert len(set(row)) > 2
 
 
+def test_many_rows_begin_with_less_room() -> None:
+    assert [owned_state.room_for(rows, 32) for rows in (1, 16, 32, 64, 128)] == [1024, 1024, 512, 256, 256]
+    assert [owned_state.room_for(rows, 1024) for rows in (1, 32, 64)] == [2048, 2048, 2048]
+    assert owned_state.room_for(64, 256) == 512
+
+
 def test_rows_that_stop_leave_the_others_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_ROOM", 8)
-    monkeypatch.setattr(engine, "_AHEAD", 1)
+    monkeypatch.setattr(owned_state, "_ROOM", 8)
+    monkeypatch.setattr(owned_state, "_AHEAD", 1)
     model = lively("hybrid")
     free = rows_of(model, Settings(max_new_tokens=30))
     lengths, counts = [30, 4, 17], [0] * len(PROMPTS)
@@ -97,8 +103,8 @@ def test_draws_are_those_of_eager_steps(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["mamba2", "hybrid"])
 def test_a_reader_reorders_and_finds_room(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_ROOM", 8)
-    monkeypatch.setattr(engine, "_AHEAD", 1)
+    monkeypatch.setattr(owned_state, "_ROOM", 8)
+    monkeypatch.setattr(owned_state, "_AHEAD", 1)
     model = FAMILIES[family].model()
     _, state = read(model, PROMPTS)
     reader = Engine(model).reader(state)

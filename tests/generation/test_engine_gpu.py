@@ -78,8 +78,8 @@ def test_rows_stop_by_themselves_and_the_rest_moves_to_smaller_graphs() -> None:
 
 @pytest.mark.parametrize("changes", [{}, LAYERNORM])
 def test_attention_moves_to_more_room(changes: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mambalm.generation.engine._ROOM", 8)
-    monkeypatch.setattr("mambalm.generation.engine._AHEAD", 1)
+    monkeypatch.setattr("mambalm.generation.owned_state._ROOM", 8)
+    monkeypatch.setattr("mambalm.generation.owned_state._AHEAD", 1)
     model = FAMILIES["hybrid"].model(**changes).to("cuda")
     engine = Engine(model)
     found = rows_of(engine, Settings(max_new_tokens=40))

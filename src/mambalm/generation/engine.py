@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambalm.generation import cpu_step, gpu_step
 from mambalm.generation.chunk_graphs import ChunkGraphs
-from mambalm.generation.owned_state import longest
+from mambalm.generation.owned_state import longest, room_for
 from mambalm.generation.reading import read, step
 from mambalm.generation.sampling import Choice, Chooser, Plan, Sampling
 from mambalm.generation.steps import Captured, EagerReader, Reader, not_captured
@@ -31,9 +31,6 @@ __all__ = ["Engine", "Settings", "Token", "decode", "end_tokens", "read", "step"
 
 # Batches are filled up to one of these sizes, so that there are few graphs, or to a multiple of the last.
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-# Attention layers begin with room for so many tokens at least, and for so many more than the rows have read; when it is
-# used up, the rows move to a graph with twice as much.
-_ROOM, _AHEAD = 1024, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,9 +216,7 @@ class Engine:
             tokens: that attention layers hold at its begin, for the row that has read most.
         """
         size = next((size for size in _SIZES if size >= rows), -(-rows // _SIZES[-1]) * _SIZES[-1])
-        room = 0
-        if not is_recurrent(self.model.config):
-            room = max(_ROOM, 1 << (tokens + _AHEAD - 1).bit_length())
+        room = 0 if is_recurrent(self.model.config) else room_for(size, tokens)
         if idle := self._idle[size, room, plan]:
             return idle.pop()
         if self._blocks is None and self._generic_because is None:

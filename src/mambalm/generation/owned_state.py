@@ -13,6 +13,11 @@ from mambalm.layers.state import AttentionState, MambaState, RoomyAttentionState
 if TYPE_CHECKING:
     from mambalm.models.common import MambalmForCausalLM
 
+# Attention layers begin with room for so many tokens at least, and for so many more than the rows have read; when it is
+# used up, the rows move to a graph with twice as much. Of more rows than these both are fewer, by at most this factor:
+# a step reads all of the room, used or not.
+_ROOM, _AHEAD, _FEW_ROWS, _LESS = 1024, 512, 16, 4
+
 
 class OwnedState:
     """Of so many rows of a model.
@@ -60,6 +65,12 @@ class OwnedState:
             for layer in self.state.layers
         )
         return State(tuple(layers), self.state.position).index(rows)
+
+
+def room_for(rows: int, tokens: int) -> int:
+    """For how many tokens attention layers get room, of which a row of so many holds ``tokens``."""
+    less = min(max(rows // _FEW_ROWS, 1), _LESS)
+    return max(_ROOM // less, 1 << (tokens + max(_AHEAD // less, 1) - 1).bit_length())
 
 
 def needs_room(state: State) -> bool:
