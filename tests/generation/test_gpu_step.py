@@ -25,7 +25,7 @@ def steps_agree(
     monkeypatch.setattr(triton_steps, "Tiles", lambda: TILES(**tiles))
     model = FAMILIES[family].model(**changes)
     assert gpu_step.refusal(model) is None
-    exact, owned = copy.deepcopy(model).double(), OwnedState(model, batch, room=7)
+    exact, owned = copy.deepcopy(model).double(), OwnedState(model, batch, room=7, fused=True)
     fused = gpu_step.FusedStep(model, owned, [gpu_step.weights(block) for block in model.backbone.layers])
     prompts = [tokens(1 + row % 3, seed=row) for row in range(batch)]
     owned.load(read(model, prompts)[1])
@@ -43,6 +43,7 @@ def steps_agree(
             if (part := getattr(layer, name, None)) is not None:
                 length = getattr(own, name).shape[1]
                 assert relative_error(getattr(own, name), part[:, :length]) <= FLOAT32
+                assert getattr(own, name).is_contiguous()
     assert torch.equal(found.position, state.position)
 
 

@@ -40,8 +40,9 @@ def listed() -> Iterator[tuple[Any, dict[str, Any], set[str], int]]:
         head = {"K": hidden, "ROWS": TILES.head_rows, **columns, "bias": None, "ADD": False, "NORM": True}
         yield kernels.project_one, head, {"x", "y"}, TILES.warps
         yield kernels.lower, lowering | {"SHARES": 1, "MOST": 1}, set(), 4
-        norms = {"K": hidden, "WIDTH": triton.next_power_of_2(hidden), "bias": None}
+        norms = {"K": hidden, "WIDTH": triton.next_power_of_2(hidden), "SHARES": 1, "bias": None}
         yield kernels.normalise, norms, {"x"}, 8
+        yield kernels.normalise, norms | {"SHARES": 4}, {"x", "branch"}, 8
         yield kernels.normalise, norms | {"branch": None}, set(), 8
     yield kernels.scan, {"N": 16, "STATES": 16, "BLOCK": TILES.batch_channels}, set(), 4
     yield kernels.convolve, {"TAPS": 4, "BLOCK": TILES.conv_channels}, set(), 4

@@ -159,7 +159,7 @@ class FusedStep:
 
     Args:
         model: `refusal(model)` is None. Its weights are read where they are: they must not be replaced meanwhile.
-        owned: what all rows have read; it moves on.
+        owned: what all rows have read, for this step; it moves on.
         blocks: `weights` of the model's blocks.
     """
 

@@ -28,9 +28,11 @@ class OwnedState:
         longest: tokens that the row in use that has read most has read; counted in models with attention only.
     """
 
-    def __init__(self, model: MambalmForCausalLM, rows: int, room: int) -> None:
+    def __init__(self, model: MambalmForCausalLM, rows: int, room: int, *, fused: bool = False) -> None:
+        """Memory; for the fused step, the convolutions' inputs lie token by token, so that it reads many at once."""
         state = model.init_state(rows)
-        self.state = State(tuple(_with_room(layer, room) for layer in state.layers), state.position)
+        layers = (_token_by_token(layer) if fused else layer for layer in state.layers)
+        self.state = State(tuple(_with_room(layer, room) for layer in layers), state.position)
         self.room = room if needs_room(state) else 0
         self.longest = 0
 
@@ -64,7 +66,12 @@ class OwnedState:
             layer.value(self.longest) if isinstance(layer, RoomyAttentionState) else layer
             for layer in self.state.layers
         )
-        return State(tuple(layers), self.state.position).index(rows)
+        state = State(tuple(layers), self.state.position).index(rows)
+        dense = (
+            MambaState(layer.conv.contiguous(), layer.ssm) if isinstance(layer, MambaState) else layer
+            for layer in state.layers
+        )
+        return State(tuple(dense), state.position)
 
 
 def room_for(rows: int, tokens: int) -> int:
@@ -89,6 +96,13 @@ def _with_room(layer: MambaState | AttentionState, room: int) -> MambaState | At
         return layer
     shape = (len(layer.keys), room, *layer.keys.shape[2:])
     return RoomyAttentionState(layer.keys.new_zeros(shape), layer.keys.new_zeros(shape), layer.lengths, layer.conv)
+
+
+def _token_by_token(layer: MambaState | AttentionState) -> MambaState | AttentionState:
+    """Let a Mamba layer's last inputs (b, d, k - 1) be a view of memory (b, k - 1, d)."""
+    if not isinstance(layer, MambaState):
+        return layer
+    return MambaState(layer.conv.transpose(1, 2).contiguous().transpose(1, 2), layer.ssm)
 
 
 def _parts(state: State) -> Iterator[Tensor]:

@@ -129,7 +129,7 @@ class Captured:
         self.size = size
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self.logits = torch.zeros(size, vocabulary, device=device)
-        self.owned = OwnedState(model, size, room)
+        self.owned = OwnedState(model, size, room, fused=blocks is not None)
         self._chooser = None if plan is None else idle_chooser(plan, size, vocabulary, device)
         run = GenericStep(model, self.owned) if blocks is None else gpu_step.FusedStep(model, self.owned, blocks)
         self._run: GenericStep | gpu_step.FusedStep = run

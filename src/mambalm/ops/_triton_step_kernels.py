@@ -71,9 +71,9 @@ def _product(tiles, x, scale, eps, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: t
 def _fetch_taps(channel, inside, on, row, state, weight, bias, channels, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """What a convolution needs beside the newest input: the inputs before it at (channel, row), weights and bias."""
     older, taps = (), ()
-    kept = state + (row.to(tl.int64) * channels + channel) * (TAPS - 1)
+    kept = state + row.to(tl.int64) * channels * (TAPS - 1) + channel
     for tap in tl.static_range(TAPS - 1):
-        older = older + (tl.load(kept + tap, mask=on, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+        older = older + (tl.load(kept + tap * channels, mask=on, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
     for tap in tl.static_range(TAPS):
         part = tl.load(weight + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
         taps = taps + (part,)  # type: ignore[assignment]  # noqa: RUF005
@@ -85,16 +85,16 @@ def _fetch_taps(channel, inside, on, row, state, weight, bias, channels, TAPS: t
 
 @triton.jit
 def _convolved(x, older, taps, shift, channel, on, row, state, channels, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """silu of the convolution at channels whose newest input is x; the state (b, d, TAPS - 1) moves on."""
+    """silu of the convolution at channels whose newest input is x; the state (b, TAPS - 1, d) moves on."""
     newest = x.to(state.dtype.element_ty)
     y = shift + newest.to(tl.float32) * taps[TAPS - 1]
-    kept = state + (row.to(tl.int64) * channels + channel) * (TAPS - 1)
+    kept = state + row.to(tl.int64) * channels * (TAPS - 1) + channel
     for tap in tl.static_range(TAPS - 1):
         y += older[tap].to(tl.float32) * taps[tap]
         if tap > 0:
-            tl.store(kept + tap - 1, older[tap], mask=on)
+            tl.store(kept + (tap - 1) * channels, older[tap], mask=on)
     if TAPS > 1:
-        tl.store(kept + TAPS - 2, newest, mask=on)
+        tl.store(kept + (TAPS - 2) * channels, newest, mask=on)
     return y * sigmoid(y)
 
 
@@ -351,9 +351,11 @@ def normalise(  # type: ignore[no-untyped-def]
     eps,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
+    SHARES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """A group of K channels of a row; a row has as many groups as there are programs along axis 1."""
+    """A group of K channels of a row; a row has as many groups as there are programs along axis 1. The shares of the
+    branch (SHARES, b, ...) are added first."""
     _begin(OVERLAP)
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, WIDTH)
@@ -363,7 +365,11 @@ def normalise(  # type: ignore[no-untyped-def]
     at = (row * tl.num_programs(1) + group) * K + column
     stream = tl.load(x + at, mask=on, other=0.0).to(tl.float32)
     if branch is not None:
-        stream += tl.load(branch + at, mask=on, other=0.0).to(tl.float32)
+        added = tl.load(branch + at, mask=on, other=0.0).to(tl.float32)
+        for share in tl.static_range(1, SHARES):
+            more = share * tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * K
+            added += tl.load(branch + more + at, mask=on, other=0.0).to(tl.float32)
+        stream += added
         if bias is not None:
             stream += tl.load(bias + column, mask=on, other=0.0).to(tl.float32)
         rounded = stream.to(x.dtype.element_ty)

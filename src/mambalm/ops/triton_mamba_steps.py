@@ -2,7 +2,7 @@
 
 They compute what rms_norm, causal_conv1d and selective_scan or ssd compute at length 1, with the projections between
 them on weights that are read where they are; states are updated in place. One row takes four kernels a block in Mamba,
-three in Mamba-2. Several rows take nine (four of them the library's matrix products) and six (two).
+three in Mamba-2. Several rows take eight (four of them matrix products) and five or six (two).
 """
 
 from dataclasses import dataclass
@@ -98,12 +98,12 @@ class MambaStep:
             shape = (triton.cdiv(channels, stream.columns), 1, self._width)
             self._shares = torch.empty(shape, dtype=torch.float32, device=stream.device)
             return
-        self._shares = stream.empty(self._width)[None]
+        self._shares = stream.shares(weights.x_proj)
         self._low, self._steps = stream.empty(rank), stream.empty(channels)
         self._BC = stream.empty(2 * states, dtype=torch.float32)
 
     def __call__(self, weights: MambaWeights, conv: Tensor, ssm: Tensor) -> None:
-        """Take the stream through a block; conv (b, d, k - 1) and ssm (b, d, n) float32 move on."""
+        """Take the stream through a block; conv, memory (b, k - 1, d), and ssm (b, d, n) float32 move on."""
         stream = self._stream
         if stream.batch == 1:
             z = self._inner[:, : self._channels]
@@ -114,7 +114,7 @@ class MambaStep:
             z = self._inner[:, self._channels :]
             stream.enter(weights.norm, weights.eps, weights.in_proj, weights.in_bias, self._inner)
             convolve(stream, weights, conv, self._inner, self._u)
-            torch.mm(self._u, weights.x_proj.t(), out=self._shares[0])
+            stream.project_shares(self._u, weights.x_proj, self._shares)
             self._scan(weights, z, ssm)
         stream.leave(self._y, weights.out_proj, weights.out_bias)
 
@@ -152,7 +152,7 @@ class MambaStep:
             **lowering,
             num_warps=4,
         )
-        torch.mm(self._low, weights.dt_proj.t(), out=self._steps)
+        stream.project(self._low, weights.dt_proj, self._steps)
         stream.launch(
             kernels.scan,
             (triton.cdiv(self._channels, block), stream.batch),
@@ -189,7 +189,7 @@ class Mamba2Step:
         self._xBC, self._y = stream.empty(mixed), stream.empty(channels)
 
     def __call__(self, weights: Mamba2Weights, conv: Tensor, ssm: Tensor) -> None:
-        """Take the stream through a block; conv (b, c, k - 1) and ssm (b, h, p, n) float32 move on."""
+        """Take the stream through a block; conv, memory (b, k - 1, c), and ssm (b, h, p, n) float32 move on."""
         stream, d = self._stream, self._channels
         z, dt = self._inner[:, :d], self._inner[:, -len(weights.rates) :]
         if stream.batch == 1:

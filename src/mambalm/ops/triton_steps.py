@@ -1,8 +1,9 @@
 """One token per row on memory that stays where it is: what the steps of all kinds of blocks share, for a captured step.
 
 A block reads the residual stream by a norm and a projection, and adds what another projection makes. One row takes
-kernels that stream the weights through the registers; several rows take the library's matrix products, and what a block
-adds is added by the next norm. `triton_mamba_steps` has what is between the projections.
+kernels that stream the weights through the registers; several rows take products of our own on Hopper (`few_rows`),
+else the library's, and what a block adds is added by the next norm. `triton_mamba_steps` has what is between the
+projections.
 """
 
 import functools
@@ -65,6 +66,15 @@ def overlaps(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def _own_products(batch: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """The module whose products several rows take; None: the library's."""
+    try:
+        from mambalm.ops.few_rows import gluon
+    except ImportError:
+        return None
+    return gluon if gluon.unsupported(batch, device, dtype) is None else None
+
+
 class Stream:
     """The residual stream of b rows, and what reads it and adds to it.
 
@@ -82,13 +92,13 @@ class Stream:
         self.batch, self.device, self.dtype = batch, device, dtype
         self.columns = self.tiles.columns_of(widths)
         self._overlap = overlaps(device)
-        # One more launch attribute, where there is such a thing.
-        self._options: dict[str, Any] = {"launch_pdl": True} if self._overlap else {}
         self.x = torch.empty(batch, width, dtype=stream, device=device)
         if batch > 1:
-            self._normed, self._branch = self.empty(width), self.empty(width)
-            # Whether the branch is still to be added to the stream, and with which bias.
-            self._left = False
+            self._own = _own_products(batch, device, dtype)
+            self._normed = self.empty(width)
+            self._branches: dict[torch.Size, Tensor] = {}
+            # What is still to be added to the stream, and with which bias.
+            self._left: Tensor | None = None
             self._left_bias: Tensor | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -101,9 +111,7 @@ class Stream:
             self._project_one(self.tiles.enter_rows, self.x, norm, eps, weight, bias, y, add=False)
             return
         self._normalise(norm, eps)
-        torch.mm(self._normed, weight.t(), out=y)
-        if bias is not None:
-            y.add_(bias)
+        self.project(self._normed, weight, y, bias)
 
     def leave(
         self, y: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None, eps: float = 0.0
@@ -114,8 +122,10 @@ class Stream:
             return
         if norm is not None:
             self.normalise_groups(y, norm, eps, 1)
-        torch.mm(y, weight.t(), out=self._branch)
-        self._left, self._left_bias = True, bias
+        if weight.shape not in self._branches:
+            self._branches[weight.shape] = self.shares(weight)
+        self._left, self._left_bias = self._branches[weight.shape], bias
+        self.project_shares(y, weight, self._left)
 
     def head(self, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
         """logits (b, v) float32 of x, normalised first."""
@@ -125,15 +135,39 @@ class Stream:
         self._normalise(norm, eps)
         logits.copy_(torch.nn.functional.linear(self._normed, weight, bias))
 
+    def project(self, x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None = None) -> None:
+        """y (b, r) of several rows x (b, k) by a projection (r, k)."""
+        if self._own is not None and self._own.takes(weight):
+            with on(self.device):
+                self._own.project(x, weight, bias, y, self._own.cut_of(weight, 1), self._overlapping())
+            return
+        torch.mm(x, weight.t(), out=y)
+        if bias is not None:
+            y.add_(bias)
+
+    def shares(self, weight: Tensor) -> Tensor:
+        """Memory for the shares (s, b, r) of several rows' product by a projection (r, k)."""
+        if self._own is None or not self._own.takes(weight):
+            return self.empty(len(weight))[None]
+        shape = (self._own.cut_of(weight).shares, self.batch, len(weight))
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def project_shares(self, x: Tensor, weight: Tensor, shares: Tensor) -> None:
+        """What is to be summed to several rows' x (b, k) by a projection (r, k)."""
+        if self._own is None or not self._own.takes(weight):
+            self.project(x, weight, shares[0])
+            return
+        with on(self.device):
+            self._own.project(x, weight, None, shares, self._own.cut_of(weight), self._overlapping())
+
     def normalise_groups(self, y: Tensor, scale: Tensor, eps: float, groups: int) -> None:
         """Normalise y (b, r) in place, group by group of its channels."""
         size = y.shape[1] // groups
         self._normalise_into(y, None, None, scale, y, eps, size, groups)
 
     def _normalise(self, scale: Tensor, eps: float) -> None:
-        branch, bias = (self._branch, self._left_bias) if self._left else (None, None)
-        self._normalise_into(self.x, branch, bias, scale, self._normed, eps, self.x.shape[1], 1)
-        self._left = False
+        self._normalise_into(self.x, self._left, self._left_bias, scale, self._normed, eps, self.x.shape[1], 1)
+        self._left = self._left_bias = None
 
     def _normalise_into(
         self,
@@ -152,6 +186,7 @@ class Stream:
             *(x, branch, bias, scale, y, eps),
             K=size,
             WIDTH=triton.next_power_of_2(size),
+            SHARES=1 if branch is None else len(branch),
             num_warps=8,
         )
 
@@ -182,7 +217,11 @@ class Stream:
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
         """Launch a kernel of `_triton_step_kernels`."""
         with on(self.device):
-            kernel[grid](*arguments, OVERLAP=self._overlap, **meta, **self._options)
+            kernel[grid](*arguments, **meta, **self._overlapping())
+
+    def _overlapping(self) -> dict[str, Any]:
+        """How kernels are launched: with one more launch attribute, where there is such a thing."""
+        return {"OVERLAP": True, "launch_pdl": True} if self._overlap else {"OVERLAP": False}
 
 
 @dataclass(frozen=True, eq=False)
