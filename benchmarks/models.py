@@ -159,10 +159,10 @@ def main() -> None:
             except torch.cuda.OutOfMemoryError:
                 rows.append({"case": str(case), "out_of_memory": True})
             print(mode, json.dumps(rows[-1]), flush=True)
+            text = json.dumps({**provenance(options.commit), "cases": rows}, indent=1)
+            (folder / f"{mode}.json").write_text(text + "\n")
             gc.collect()
             torch.cuda.empty_cache()
-        text = json.dumps({**provenance(options.commit), "cases": rows}, indent=1)
-        (folder / f"{mode}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
