@@ -100,7 +100,7 @@ def training(case: Training) -> dict[str, Any]:
         optimizer.zero_grad()
 
     torch.cuda.reset_peak_memory_stats()
-    first, seconds = timed(step, 5)
+    first, seconds = timed(step, 9)
     speed = case.batch * case.length / seconds
     parameters = sum(p.numel() for p in trained.parameters())
     return {
