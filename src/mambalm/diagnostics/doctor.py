@@ -50,7 +50,8 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    # With its build, such as +cpu or +cu130, which not every index puts into the package's version.
+    return found | {"torch": torch.__version__}
 
 
 def devices() -> dict[torch.device, str]:
