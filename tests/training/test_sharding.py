@@ -180,6 +180,7 @@ def test_mixers_compute_again_themselves() -> None:
         assert found(family, "selective") == {(True, False)}
     assert found("mamba", "full") == {("layer", False)}
     assert found("mamba", "full", compiled=True) == found("mamba2", "full") == {(False, True)}
+    assert found("mamba2", "selective", compiled=True) == {(None, True)}
 
 
 @pytest.mark.parametrize(("family", "checkpointing"), [("mamba", "selective"), ("transformer", "full")])

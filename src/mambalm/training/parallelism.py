@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # stays float32, A_log, D and the bias of Δ above all.
 _LARGE = ("in_proj", "out_proj", "fc1", "fc2")
 # What "selective" keeps in blocks whose mixer has no recomputation of its own: what costs more than passes over memory.
-_COSTLY = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product")
+_COSTLY = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "mambalm::ssd")
 
 
 def is_sharded(section: ParallelSection) -> bool:
@@ -75,7 +75,7 @@ def _recompute(network: MambalmForCausalLM, checkpointing: str, compiled: bool =
     checkpointed."""
     blocks: Any = network.backbone.layers
     for block in blocks:
-        own = isinstance(block.mixer, Mamba | Mamba2)
+        own = isinstance(block.mixer, Mamba) or (isinstance(block.mixer, Mamba2) and not compiled)
         if own:
             block.mixer.recompute = checkpointing == "selective"
         if isinstance(block.mixer, Mamba) and block.mlp is None and checkpointing == "full" and not compiled:
