@@ -1,0 +1,273 @@
+"""Runs kernels in Gluon on a CPU, where Triton's interpreter runs none: what they compute and how their warps wait for
+each other, not layouts, registers or the memory model.
+
+A task of `warp_specialize` is a thread, memory is tensors, copies are done at once. Barriers count arrivals and bytes
+as the hardware does; a wait that never ends is an error. Programs run one after the other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+PATIENCE = 30  # seconds
+
+
+class Value(Tensor):
+    """A tensor, with the ways of Triton's."""
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Tensor:  # type: ignore[override]
+        return self.reshape(-1).view(dtype).view(self.shape) if bitcast else super().to(dtype)
+
+    # What Triton assigns is a new value.
+    def __iadd__(self, other: Any) -> Tensor:
+        return self + other
+
+    def __isub__(self, other: Any) -> Tensor:
+        return self - other
+
+    def __imul__(self, other: Any) -> Tensor:
+        return self * other
+
+
+def value(data: Any) -> Value:
+    return torch.as_tensor(data).as_subclass(Value)
+
+
+class Pointer:
+    """A place in a contiguous tensor, or many."""
+
+    def __init__(self, base: Tensor, offset: Any = 0) -> None:
+        self.base, self.offset = base, offset
+        self.dtype = SimpleNamespace(element_ty=base.dtype)
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.base, self.offset + offset)
+
+    def __sub__(self, offset: Any) -> Pointer:
+        return Pointer(self.base, self.offset - offset)
+
+    def places(self) -> Tensor:
+        return torch.as_tensor(self.offset).as_subclass(Tensor).long()
+
+
+class Memory:
+    """Shared memory."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def index(self, i: Any) -> Memory:
+        assert 0 <= int(i) < len(self.data)
+        return Memory(self.data[int(i)])
+
+    def load(self, layout: object) -> Value:
+        return value(self.data.clone())
+
+    def store(self, values: Tensor) -> None:
+        assert (values.shape, values.dtype) == (self.data.shape, self.data.dtype)
+        self.data.copy_(values)
+
+    def permute(self, order: Sequence[int]) -> Memory:
+        return Memory(self.data.permute(*order))
+
+
+class Barrier:
+    """Counts arrivals and bytes of a phase; the phase after it begins when both are complete."""
+
+    def __init__(self) -> None:
+        self.changed, self.count, self.missing, self.bytes, self.phase = threading.Condition(), 0, 0, 0, 0
+
+    def less(self, arrivals: int, size: int) -> None:
+        with self.changed:
+            self.missing -= arrivals
+            self.bytes -= size
+            assert self.missing >= 0
+            if self.missing == 0 and self.bytes == 0:
+                self.phase, self.missing = self.phase ^ 1, self.count
+                self.changed.notify_all()
+
+    def wait(self, parity: Any) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.phase != int(parity), PATIENCE), (
+                "a barrier was waited for in vain"
+            )
+
+
+class Barriers:
+    """Barriers in shared memory."""
+
+    def __init__(self, count: int) -> None:
+        self.all = [Barrier() for _ in range(count)]
+
+    def index(self, i: Any) -> Barrier:
+        return self.all[int(i)]
+
+
+def init(barrier: Barrier, count: int) -> None:
+    barrier.count = barrier.missing = count
+
+
+MBARRIER = SimpleNamespace(
+    init=init,
+    wait=Barrier.wait,
+    arrive=lambda barrier, count: barrier.less(count, 0),
+    expect=lambda barrier, size: barrier.less(1, -int(size)),
+    MBarrierLayout=lambda: None,
+)
+
+
+def window(descriptor: Any, coordinates: Sequence[Any]) -> Tensor:
+    """What of a descriptor's tensor lies at some coordinates; short where the tensor ends."""
+    whole = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
+    row, column = (int(c) for c in coordinates)
+    rows, columns = descriptor.block_shape
+    assert column + columns <= whole.shape[1]
+    return whole[row : row + rows, column : column + columns]
+
+
+def copy_in(descriptor: Any, coordinates: Sequence[Any], barrier: Barrier, memory: Memory) -> None:
+    assert list(memory.data.shape) == list(descriptor.block_shape)
+    found = window(descriptor, coordinates)
+    memory.data.zero_()
+    memory.data[: len(found)] = found
+    barrier.less(0, memory.data.nbytes)
+
+
+def copy_out(descriptor: Any, coordinates: Sequence[Any], memory: Memory) -> None:
+    window(descriptor, coordinates).copy_(memory.data)
+
+
+def product(a: Any, b: Memory, sums: Tensor, use_acc: bool = True, is_async: bool = False) -> Value:
+    first = a.data if isinstance(a, Memory) else a
+    assert first.dtype == b.data.dtype
+    assert first.dtype in (torch.bfloat16, torch.float16)
+    result = first.float() @ b.data.float()
+    return value(result + sums if use_acc else result)
+
+
+def load(pointer: Pointer, **_: Any) -> Value:
+    return value(pointer.base.view(-1)[pointer.places()].clone())
+
+
+def store(pointer: Pointer, values: Any, mask: Any = None) -> None:
+    places = pointer.places()
+    values = torch.as_tensor(values).as_subclass(Tensor).broadcast_to(places.shape)
+    assert values.dtype == pointer.base.dtype
+    if mask is not None:
+        there = mask.as_subclass(Tensor).broadcast_to(places.shape)
+        places, values = places[there], values[there]
+    assert not places.numel() or places.min() >= 0
+    pointer.base.view(-1)[places] = values
+
+
+def atomic(pointer: Pointer, values: Any, change: Callable[[Any, Any], Any]) -> Value:
+    old = load(pointer)
+    store(pointer, value(change(old, values)).int())
+    return old
+
+
+def where(condition: Any, a: Any, b: Any) -> Value:
+    return value(torch.where(torch.as_tensor(condition), a, b))
+
+
+def warp_specialize(tasks: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Any, registers: Any) -> None:
+    failures: list[str] = []
+
+    def run(task: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        try:
+            with torch.no_grad():
+                task(*arguments)
+        except BaseException:  # of any kind, to be raised in the thread that waits
+            failures.append(traceback.format_exc())
+
+    threads = [threading.Thread(target=run, args=task) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, "\n".join(failures)
+
+
+def allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Any:
+    if dtype == torch.int64:
+        return Barriers(shape[0])
+    data = torch.empty(*shape, dtype=dtype)
+    return Memory(data.fill_(torch.nan) if dtype.is_floating_point else data)
+
+
+def nothing(*_: object, **__: object) -> None:
+    """A layout, a fence, or a wait for what is done at once."""
+
+
+def language(program: int, programs: int) -> SimpleNamespace:
+    """What kernels know as gl, in one program of many."""
+    names = "SliceLayout BlockedLayout NVMMADistributedLayout DotOperandLayout SwizzledSharedLayout NVMMASharedLayout"
+    dtypes = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.int32)}
+    return SimpleNamespace(
+        **dict.fromkeys(names.split(), nothing), **dtypes, int64=torch.int64, constexpr=lambda x: x,
+        program_id=lambda axis: value(program), num_programs=lambda axis: value(programs), static_range=range,
+        arange=lambda start, end, layout: value(torch.arange(start, end, dtype=torch.int32)),
+        full=lambda shape, x, dtype, layout: value(torch.full([int(n) for n in shape], x, dtype=dtype)),
+        zeros=lambda shape, dtype, layout: value(torch.zeros([int(n) for n in shape], dtype=dtype)),
+        expand_dims=torch.unsqueeze, zeros_like=torch.zeros_like, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,
+        maximum=lambda a, b: where(a > b, a, b), minimum=lambda a, b: where(a < b, a, b),
+        sum=lambda x, axis: x.sum(axis), max=lambda x, axis: x.amax(axis), where=where, load=load, store=store,
+        atomic_add=lambda pointer, x, **_: atomic(pointer, x, lambda a, b: a + b),
+        atomic_xchg=lambda pointer, x, **_: atomic(pointer, x, lambda a, b: b),
+        convert_layout=lambda x, layout: x, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
+    )  # fmt: skip
+
+
+def view(memory: Memory, shape: Sequence[int], layout: object) -> Memory:
+    return Memory(memory.data.view(*shape))
+
+
+def kernels(module: ModuleType, gl: SimpleNamespace) -> ModuleType:
+    """The module's kernels as plain functions."""
+
+    def jit(function: Any = None, **_: object) -> Any:
+        return (lambda f: f) if function is None else function
+
+    support = SimpleNamespace(
+        gl=gl, gluon=SimpleNamespace(jit=jit), barrier=nothing, copy_in=copy_in, copy_out=copy_out, view=view
+    )
+    hopper = SimpleNamespace(
+        fence_async_shared=nothing, mbarrier=MBARRIER, tma=SimpleNamespace(store_wait=nothing), warpgroup_mma=product,
+        warpgroup_mma_wait=lambda pending, deps: deps[0] if len(deps) == 1 else tuple(deps),
+    )  # fmt: skip
+    replaced = {"mambalm.ops.gluon_support": support, "triton.experimental.gluon.language.nvidia.hopper": hopper}
+    assert module.__file__ is not None
+    spec = importlib.util.spec_from_file_location("interpreted", module.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, replaced):  # type: ignore[arg-type]
+        spec.loader.exec_module(found)
+    return found
+
+
+def launch(module: ModuleType, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+    """In place of `triton_support.launch`, for a kernel of the module."""
+
+    def argument(parameter: Any) -> Any:
+        given = arguments[parameter.name]
+        if isinstance(given, Tensor):
+            assert given.is_contiguous()
+            return Pointer(given)
+        return value(given) if isinstance(given, int) and not parameter.is_constexpr else given
+
+    gl = language(0, programs)
+    function = getattr(kernels(module, gl), kernel.fn.__name__)
+    for program in range(programs):
+        gl.program_id = lambda axis, program=program: value(program)
+        function(*(argument(parameter) for parameter in kernel.params))
