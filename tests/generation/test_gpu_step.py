@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mambalm.generation import gpu_step, read, step
 from mambalm.generation.owned_state import OwnedState
@@ -95,6 +96,36 @@ def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     steps_agree("hybrid", 64, monkeypatch, {})
     few_heads = {"num_heads": 2, "head_dim": 32, "n_groups": 2, "num_hidden_layers": 1}
     steps_agree("mamba2", 64, monkeypatch, {}, **few_heads)
+
+
+class Products:
+    """Stands for `few_rows.gluon`, where there is no GPU: its sums are in up to three shares."""
+
+    takes = staticmethod(lambda weight: True)
+    cut_of = staticmethod(lambda weight, most=8, shared=0: SimpleNamespace(shares=min(most, 3, weight.shape[1])))
+
+    @staticmethod
+    def project(
+        x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chosen: SimpleNamespace, options: dict[str, Any]
+    ) -> None:
+        """Products in the shares of y, if it has some."""
+        if y.ndim == 2:
+            y.copy_(nn.functional.linear(x, weight, bias))
+            return
+        for share, part, columns in zip(y, x.tensor_split(len(y), 1), weight.tensor_split(len(y), 1), strict=True):
+            share.copy_(part @ columns.t())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_of_our_own_come_in_shares(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_steps, "_own_products", lambda *where: Products)
+    steps_agree(family, 3, monkeypatch, SMALL)
+
+
+def test_products_of_our_own_with_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_steps, "_own_products", lambda *where: Products)
+    sizes = {"hidden_size": 18, "intermediate_size": 37, "state_size": 5, "time_step_rank": 3, "conv_kernel": 3}
+    steps_agree("mamba", 2, monkeypatch, SMALL, **sizes, use_bias=True, use_conv_bias=False)
 
 
 def test_columns_follow_the_widths() -> None:
