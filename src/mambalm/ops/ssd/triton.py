@@ -222,22 +222,20 @@ def finish_sums(problem: Problem, decays: Decays, found: Decays, lines: Lines) -
     assert dB is not None
     assert dC is not None
     there = {"dA": True, "dbias": problem.tensors["bias"] is not None, "dD": found["skips"] is not None}
-    shares: Decays = dict.fromkeys(there)
     names = [name for name, wanted in there.items() if wanted]
-    shares |= zip(names, problem.empty(len(names), problem.slots, problem.h).unbind(), strict=True)
+    of_heads = problem.empty(len(names), problem.slots, problem.h)
+    shares: Decays = dict.fromkeys(there)
+    shares |= zip(names, of_heads.unbind(), strict=True)
     ddt = problem.empty(*dt.shape, dtype=dt.dtype)
     each = problem.blocks // problem.h
     rest = {"blocks": each * lines.others, "crossings": each * lines.crossings, "SOME": lines.some}
     _launch_steps(finish, problem, {**found, **shares, **rest, "ddt": ddt, "step": decays["step"]})
-    dtypes = [torch.float32] * 3
-    if dB.shape[0] == 1:
-        return {"ddt": ddt, **zip_sums(shares, dtypes), "dB": dB[0], "dC": dC[0]}
-    return {"ddt": ddt, **zip_sums(shares | {"dB": dB, "dC": dC}, dtypes + [problem.dtype] * 2)}
-
-
-def zip_sums(shares: Decays, dtypes: list[torch.dtype]) -> Decays:
-    """`sums` by name."""
-    return dict(zip(shares, sums(list(shares.values()), dtypes), strict=True))
+    if dB.shape[0] == 1:  # then chunks are many, of which torch sums few heads sooner
+        totals = zip(names, of_heads.sum(1).unbind(), strict=True)
+        return {**dict.fromkeys(there), **dict(totals), "ddt": ddt, "dB": dB[0], "dC": dC[0]}
+    shares |= {"dB": dB, "dC": dC}
+    dtypes = [torch.float32] * 3 + [problem.dtype] * 2
+    return {"ddt": ddt, **dict(zip(shares, sums(list(shares.values()), dtypes), strict=True))}
 
 
 def _advance(problem: Problem, y: Tensor, state: Tensor | None) -> None:
