@@ -24,7 +24,7 @@ from mambalm.models.cache import StateCache, is_recurrent, new_cache, read_cache
 from mambalm.models.outputs import BackboneOutput, CausalLMOutput, cache_name
 from mambalm.models.padding import Packing, find_packing
 from mambalm.models.quantized import plain_projections, require_intact_weights, with_default_skips
-from mambalm.models.writing import full_disks_told, share
+from mambalm.models.writing import full_disks_told, initialised, share
 from mambalm.ops import linear_cross_entropy
 
 IGNORE_INDEX = -100
@@ -90,7 +90,7 @@ class MambalmPreTrainedModel(PreTrainedModel):
             ValueError: 4-bit weights that bitsandbytes would write wrong.
         """
         require_intact_weights(self)
-        with full_disks_told(Path(save_directory)):
+        with full_disks_told(Path(save_directory)), initialised(self.config):
             super().save_pretrained(save_directory, *args, **kwargs)
             share(Path(save_directory), "config.json")
 

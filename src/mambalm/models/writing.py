@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @contextmanager
@@ -17,6 +21,24 @@ def full_disks_told(path: Path, *others: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise OSError(f"cannot write {path}: {error}") from error
+
+
+@contextmanager
+def initialised(config: PreTrainedConfig) -> Iterator[None]:
+    """Let a configuration be written without `rescale_prenorm_residual`, which says how a new model begins.
+
+    Where it is set, transformers' classes divide every out_proj that they load by the root of the number of layers.
+    """
+    rescales = getattr(config, "rescale_prenorm_residual", False) and type(config).__module__.startswith(
+        "transformers."
+    )
+    if rescales:
+        config.rescale_prenorm_residual = False
+    try:
+        yield
+    finally:
+        if rescales:
+            config.rescale_prenorm_residual = True
 
 
 def share(folder: Path, like: str) -> None:

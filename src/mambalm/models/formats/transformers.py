@@ -9,6 +9,7 @@ from transformers import FalconMambaConfig, Mamba2Config, MambaConfig, PreTraine
 from mambalm.models.formats.checkpoint import Checkpoint, assemble, make_config, require_depth
 from mambalm.models.formats.io import CheckpointError, Source, read_tensors, write_safetensors
 from mambalm.models.hybrid import HybridConfig
+from mambalm.models.writing import initialised
 
 NAME = "transformers"
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
@@ -54,7 +55,8 @@ def read(source: Source) -> Checkpoint:
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a checkpoint as `save_pretrained` does, every tensor in its dtype."""
-    checkpoint.config.save_pretrained(folder)
+    with initialised(checkpoint.config):
+        checkpoint.config.save_pretrained(folder)
     write_safetensors(folder, checkpoint.tensors)
     checkpoint.copy_companions(folder)
 
