@@ -163,9 +163,9 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cost(cost: dict[str, float]) -> str:
+def _cost(cost: dict[str, Any]) -> str:
     return (
-        f"      checkpoint: save returns after {cost['save_returns_after_seconds']:.2f} s, written after "
+        f"      {cost['what']}: returns after {cost['save_returns_after_seconds']:.2f} s, done after "
         f"{cost['written_after_seconds']:.1f} s, {cost['overhead_of_a_minute']:.1%} of a minute"
     )
 

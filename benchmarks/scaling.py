@@ -66,42 +66,61 @@ def seconds_of(step: Callable[[], None], taking_part: Ranks, repeats: int) -> li
 
 
 def checkpoint_cost(
-    model: Any, stepper: Stepper, step: Callable[[], None], taking_part: Ranks, folder: Path, median: float
-) -> list[dict[str, float]]:
-    """Seconds that checkpoints add to the steps around them, the first of which also makes the buffers.
+    model: Any, stepper: Stepper, step: Callable[[], None], taking_part: Ranks, folder: Path, repeats: int
+) -> list[dict[str, Any]]:
+    """Seconds that checkpoints add to the steps around them.
 
-    ``median`` is a step's time without one. Steps run until the checkpoint is in its place.
+    The first has its memory made beforehand, as in a run, while steps go on. Steps run until a checkpoint is in its
+    place, and are compared with ``repeats`` that ask as they do whether it is.
     """
     kept = Checkpoints(folder / "checkpoints", keep_last=1)
-    costs = []
+    state = {"model": model, "optimizer": stepper.optimizer, "progress": {}}
+
+    def asked() -> float:
+        """A step's time."""
+        begin = time.perf_counter()
+        seconds_of(step, taking_part, 1)
+        _any(kept.is_writing, taking_part)
+        return time.perf_counter() - begin
+
+    def row(name: str, begin: float, returned: float, times: list[float]) -> dict[str, Any]:
+        lost = time.perf_counter() - begin - len(times) * median
+        return {
+            "what": name,
+            "save_returns_after_seconds": round(returned, 3),
+            "written_after_seconds": round(time.perf_counter() - begin, 3),
+            "median_step_ms": round(1e3 * statistics.median(times), 2),
+            "slowest_step_ms": round(1e3 * max(times), 2),
+            "steps_meanwhile": len(times),
+            "overhead_seconds": round(lost, 3),
+            "overhead_of_a_minute": round(lost / 60, 5),
+        }
+
+    median = statistics.median(asked() for _ in range(repeats))
+    begin = time.perf_counter()
+    kept.prepare(state, taking_part.device)
+    returned, times = time.perf_counter() - begin, [asked()]
+    while _any(kept.is_preparing, taking_part):
+        times.append(asked())
+    found = [row("memory made", begin, returned, times)]
+    if taking_part.is_main:
+        print(json.dumps(found[0]), flush=True)
     for number in (1, 2):
         taking_part.barrier()
         begin = time.perf_counter()
-        kept.save(number, {"model": model, "optimizer": stepper.optimizer, "progress": {}})
-        returned, steps = time.perf_counter() - begin, 0
-        while not _all_written(kept, taking_part):
-            seconds_of(step, taking_part, 1)
-            steps += 1
-        seconds = time.perf_counter() - begin
+        kept.save(number, state)
+        returned, times = time.perf_counter() - begin, [asked()]
+        while _any(kept.is_writing, taking_part):
+            times.append(asked())
         kept.wait()
-        lost = seconds - steps * median
-        costs.append(
-            {
-                "save_returns_after_seconds": returned,
-                "written_after_seconds": seconds,
-                "steps_meanwhile": steps,
-                "overhead_seconds": lost,
-                "overhead_of_a_minute": lost / 60,
-            }
-        )
+        found.append(row(f"checkpoint {number}", begin, returned, times))
         if taking_part.is_main:
-            print(json.dumps(costs[-1]), flush=True)
-    return costs
+            print(json.dumps(found[-1]), flush=True)
+    return found
 
 
-def _all_written(kept: Checkpoints, taking_part: Ranks) -> bool:
-    waiting = torch.tensor(int(kept.is_writing), device=taking_part.device)
-    return int(taking_part.sum(waiting)) == 0
+def _any(here: bool, taking_part: Ranks) -> bool:
+    return bool(taking_part.sum(torch.tensor(int(here), device=taking_part.device)))
 
 
 def main() -> None:
@@ -137,8 +156,7 @@ def main() -> None:
         if taking_part.is_main:
             print(json.dumps(row), flush=True)
         if options.checkpoints:
-            cost = checkpoint_cost(model, stepper, step, taking_part, options.folder, median)
-            row["checkpoints"] = [{name: round(value, 4) for name, value in each.items()} for each in cost]
+            row["checkpoints"] = checkpoint_cost(model, stepper, step, taking_part, options.folder, options.repeats)
         if taking_part.is_main:
             print(json.dumps(row), flush=True)
             if options.output:

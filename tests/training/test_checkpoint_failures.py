@@ -94,6 +94,30 @@ def test_many_checkpoints_where_torch_closes_what_copies_them(tmp_path: Path, mo
     assert all(torch.equal(value, weights(run)[name]) for name, value in weights(other).items())
 
 
+def test_memory_is_made_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's part, with stand-ins for it: the first checkpoint is copied to where the preparation was."""
+    run, kept, copied = small_run(1), Checkpoints(tmp_path), []
+    stage = DefaultStager.stage
+
+    def note(self: Any, state: Any, **named: Any) -> Any:
+        staged = stage(self, state, **named)
+        copied.append({name: value.data_ptr() for name, value in staged["model"].items()})
+        return staged
+
+    monkeypatch.setattr(DefaultStager, "stage", note)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setattr(torch, "Stream", lambda device: contextlib.nullcontext())
+    kept.prepare(run.state(), torch.device("cuda", 0))
+    run.advance()
+    save(kept, run)
+    assert copied[0] == copied[1]
+    assert not kept.is_preparing
+    other = small_run()
+    assert load(tmp_path, other) == 2
+    assert all(torch.equal(value, weights(run)[name]) for name, value in weights(other).items())
+    assert sys.getswitchinterval() == pytest.approx(0.005)
+
+
 @contextlib.contextmanager
 def small_disk(size: int) -> Iterator[None]:
     """No file can become larger than this."""

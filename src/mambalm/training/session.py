@@ -244,8 +244,11 @@ class Watch:
         profile = Profile(traced, self.folder.path / "profile.json")
         profile.after(trainer.position.step)
         saved = trainer.position.step if trainer.checkpoints.latest() is not None else None
+        begun = trainer.position.step
         while not trainer.is_over and not self._asked(request):
             report = trainer.advance()
+            if report.step == begun + 1 and report.verdict is Verdict.APPLY:
+                trainer.prepare_checkpoints()
             profile.after(report.step)
             self._note(report)
             if report.verdict is not Verdict.APPLY:

@@ -216,6 +216,10 @@ class Trainer:
         """Begin a checkpoint of this step; the run can go on meanwhile."""
         self.checkpoints.save(self.position.step, self._state())
 
+    def prepare_checkpoints(self) -> None:
+        """Make the memory that they are copied to; to be called after a step, when the optimizer has its moments."""
+        self.checkpoints.prepare(self._state(), self.ranks.device)
+
     def load(self, step: int | None = None) -> None:
         """Go on from a checkpoint, by default the latest.
 
