@@ -52,8 +52,10 @@ def train(
                 console.print(f"Interrupted and saved; the same command goes on ({folder}).", highlight=False)
             raise typer.Exit(REQUEUE)
         if ranks.is_main:
-            made = "adapters" if resolved.adapter else "mambalm generate"
-            console.print(f"Done: {made} {folder / ('adapter' if resolved.adapter else 'model')}", highlight=False)
+            made = f"{folder / 'model'}"
+            if resolved.adapter is not None:
+                made = f"{resolved.model.start} --adapter {folder / 'adapter'}"
+            console.print(f"Done: mambalm generate {made}", highlight=False, soft_wrap=True)
 
 
 def _sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
