@@ -2,13 +2,20 @@
 
 One beside another reader of its input has the gradients of both."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from mambalm.diagnostics.verify import relative_error
 from mambalm.layers import Mamba, Mamba2
+from mambalm.layers.hooks import kind_of, sharded
 from mambalm.layers.linear import Linear, beside, in_parts
 from mambalm.ops.linear_parts import linear_beside, linear_parts
 
@@ -176,3 +183,41 @@ def test_hooks_see_the_call() -> None:
     projection.register_forward_hook(lambda module, given, output: seen.append(output.shape))
     assert [part.shape for part in in_parts(projection, x, (2, 4))] == [(1, 3, 2), (1, 3, 4)]
     assert seen == [(1, 3, 6)]
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Linear(8, 6), Linear(8, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (*self.first(x, (2, 4)), self.second(x))
+
+
+def test_a_sharded_projection_is_called_in_parts(tmp_path: Path) -> None:
+    """Its parameters are there in its own call only, which gives the parts; other hooks see one output."""
+    torch.manual_seed(0)
+    pair, x = Pair(), torch.randn(2, 5, 8, requires_grad=True)
+    whole = pair(x)
+    gradients = [torch.randn_like(part) for part in whole]
+    truth = torch.autograd.grad(whole, [x, pair.first.weight], gradients)
+    assert not sharded(pair.first)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard([pair.first, pair.second], mesh=mesh)
+        fully_shard(pair, mesh=mesh)
+        assert kind_of(pair.first) is Linear
+        assert sharded(pair.first)
+        parts = pair(x)
+        assert [part.shape[-1] for part in parts] == [2, 4, 6]
+        assert all(relative_error(part, one.double()) < 1e-6 for part, one in zip(parts, whole, strict=True))
+        torch.autograd.backward(parts, gradients)
+        assert x.grad is not None
+        assert relative_error(x.grad, truth[0].double()) < 1e-6
+        found: Any = pair.first.weight.grad
+        assert relative_error(found.full_tensor(), truth[1].double()) < 1e-6
+        pair.first.register_forward_hook(lambda *_: None)
+        assert not sharded(pair.first)
+    finally:
+        dist.destroy_process_group()

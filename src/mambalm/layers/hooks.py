@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 
+_FSDP = "torch.distributed.fsdp"
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without the one that FSDP2 puts in front of it."""
+    kind = type(module)
+    return kind.__bases__[-1] if kind.__module__.startswith(_FSDP) else kind
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether FSDP2, and nobody else, takes part when the module is called: its parameters are there only then."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    others = "forward" in vars(module) or hasattr(module, "parametrizations")
+    return bool(hooks) and not others and all(str(hook.__module__).startswith(_FSDP) for hook in hooks)
+
 
 def hooked(module: nn.Module) -> bool:
     """Whether something beside the module's own forward runs when it is called."""

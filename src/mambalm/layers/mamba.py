@@ -40,7 +40,7 @@ class StepProjection(Linear):
         kept = self.bias is None or self.bias.dtype in _HALF or hasattr(self, "_hf_hook")
         return None if kept else self.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # it is never called in parts
         """(..., dt_rank) -> (..., d), in x's dtype: float32 weights may meet bfloat16 activations under FSDP2."""
         # As rows: of a slice with more axes torch would add the bias in a pass of its own.
         rows = x.reshape(-1, x.shape[-1])
