@@ -1,7 +1,7 @@
 """All that needs several GPUs, in one short job: `python -m benchmarks.ranks [--gpus 4] [--output FILE]`.
 
 Scaling from one GPU to all of them, what an asynchronous checkpoint costs, and a run that goes on over more and more
-ranks beside one that stays on one. About two minutes; a part that fails or takes too long is named, the others stay.
+ranks beside one that stays on one. About three minutes; a part that fails or takes too long is named, the others stay.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
     parser.add_argument("--gpus", type=int, default=4, choices=[2, 4, 8])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--limit", type=float, default=90, help="seconds of a part")
+    parser.add_argument("--limit", type=float, default=150, help="seconds of a part")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--output", type=Path, help="a JSON file, written after every part")
     options, scaling = parser.parse_known_args()

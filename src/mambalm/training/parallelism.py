@@ -132,7 +132,7 @@ def _mesh(section: ParallelSection, ranks: Ranks) -> DeviceMesh:
 def _shard(network: MambalmForCausalLM, mesh: DeviceMesh, precision: Policy, seed: int = 0) -> nn.Module:
     """FSDP2: per block a group of its large projections in the dtype of the products; all else one float32 group.
 
-    The last is gathered once a step and stays, 0.25 GB of a 1.4b: one for each block doubles what the host does.
+    The last is gathered once a step and stays, 0.25 GB of a 1.4b: one for each block would double the exchanges.
     """
     parts = take_parts(network, mesh, seed)
     full = MixedPrecisionPolicy(reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False)
