@@ -35,11 +35,13 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _tile(group_size: int) -> dict[str, Any]:
-    """How a program holds a group: the least padded of 1, 3, 5 and 7 blocks of a power of two."""
+    """How a program holds a group: the least padded of 1, 3, 5 and 7 blocks of a power of two, or two of 2048."""
     whole = power_of_2(group_size)
     rows = max(_TILE // whole, 1)
     choices = ((parts * power_of_2(ceil_div(group_size, parts)), parts) for parts in (1, 3, 5, 7))
     held, parts = min(choices) if rows == 1 else (whole, 1)
+    if held == 4096:
+        parts = 2  # fewer registers
     warps = min(power_of_2(ceil_div(rows * held, _WARP)), 16)
     blocks = {"ROWS": rows, "PARTS": parts, "BLOCK": held // parts, "PADDED": held != group_size}
     return {**blocks, "num_warps": warps}
@@ -95,7 +97,7 @@ def backward(
     tile = _tile(group_size)
     tiles = ceil_div(source.numel() // d, tile["ROWS"])
     few = tile["ROWS"] * tile["PARTS"] * tile["BLOCK"] <= _FEW * tile["num_warps"]
-    # A block of 4096 keeps more in registers than 5 of 1024.
+    # One block keeps more in registers than several.
     warps = _BACKWARD_WARPS[gate is not None and (few or tile["PARTS"] > 1), few]
     most = processors(source.device) * max(warps // tile["num_warps"], 1)
     programs = min(tiles, ceil_div(most, d // group_size))
