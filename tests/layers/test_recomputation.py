@@ -15,7 +15,7 @@ from mambalm.layers import Block, Mamba, Mamba2, RMSNorm
 from mambalm.layers import block as block_module
 from mambalm.layers import mamba as mamba_module
 from mambalm.layers import mamba2 as mamba2_module
-from mambalm.layers.recomputation import Recomputation
+from mambalm.layers.recomputation import Recomputation, _Kept
 from mambalm.layers.state import MambaState
 
 
@@ -81,8 +81,8 @@ class Noting(Recomputation):
 
     def _pack(self, tensor: Tensor) -> Any:
         kept = super()._pack(tensor)
-        if isinstance(kept, Tensor):
-            self.kept[kept.untyped_storage().data_ptr()] = kept.untyped_storage().nbytes()
+        if isinstance(kept, _Kept):
+            self.kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return kept
 
     def give(self, *arguments: Any) -> None:
@@ -185,12 +185,30 @@ def test_a_change_in_place_is_noticed() -> None:
     source = x * 2
     with again:
         y = source.sin()
-        again.give(y, torch.sin, source)
+        again.give(y, nn.Identity(), torch.sin, source)
         loss = y.square().sum()
     with torch.no_grad():
         source += 1
     with pytest.raises(RuntimeError, match="changed in place"):
         loss.backward()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [*(Mamba(16, recompute=again) for again in (True, "scan", "layer")), Mamba2(16, headdim=8, recompute=True)],
+    ids=["mamba", "scan", "layer", "mamba2"],
+)
+def test_a_change_of_a_parameter_in_place_is_noticed(layer: Mamba | Mamba2) -> None:
+    """Of every one whose value the gradient of x needs."""
+    for name, parameter in layer.named_parameters():
+        x = torch.randn(1, 9, 16, requires_grad=True)
+        loss = layer(x).square().sum()
+        with torch.no_grad():
+            parameter.mul_(1.5)
+        if name == "A_log" and layer.recompute is True:
+            continue  # its exponential is kept
+        with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace"):
+            torch.autograd.grad(loss, x)
 
 
 @pytest.mark.parametrize("kind", [Mamba, Mamba2])
@@ -200,6 +218,14 @@ def test_torch_func(kind: type[Mamba] | type[Mamba2]) -> None:
     expected = torch.autograd.grad(layer(x).square().sum(), x)[0]
     per_row = torch.func.vmap(torch.func.grad(lambda row: layer(row[None]).square().sum()))(x.detach())
     assert torch.allclose(per_row, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["conv1d", "norm"])
+def test_a_hook_is_called_once(name: str) -> None:
+    layer, calls = Mamba2(16, headdim=8, recompute=True), []
+    layer.get_submodule(name).register_forward_hook(lambda *arguments: calls.append(arguments))
+    layer(torch.randn(1, 9, 16, requires_grad=True)).sum().backward()
+    assert len(calls) == 1
 
 
 def test_nothing_is_kept_without_gradients() -> None:

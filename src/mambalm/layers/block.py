@@ -73,7 +73,7 @@ class Block(nn.Module):
         normed, x = add_and_normalise(self.norm, x, branch)
         if isinstance(self.norm, RMSNorm) and isinstance(self.mixer, Mamba | Mamba2) and self.mixer.recomputes(x):
             with Recomputation() as again:
-                again.give(normed, _normalise_again(self.norm, normed.dtype, branch is not None), x)
+                again.give(normed, self.norm, _normalise_again(self.norm, normed.dtype, branch is not None), x)
                 mixed = self.mixer(normed, state, cu_seqlens, return_state=return_state)
         else:
             mixed = self.mixer(normed, state, cu_seqlens, return_state=return_state)

@@ -200,7 +200,8 @@ class Mamba(nn.Module):
         """``function(*arguments)``, to be computed again as a whole."""
         # What stands in a projection's place (an adapter with dropout) may draw random numbers.
         if all(type(module) in PLAIN_PROJECTIONS for module in (self.in_proj, self.x_proj, self.dt_proj)):
-            return again.run(function, *arguments)
+            parameters = (p for name, p in self.named_parameters() if not name.startswith("out_proj."))
+            return again.run(parameters, function, *arguments)
         return checkpoint(function, *arguments, use_reentrant=False)
 
     def _inner(
@@ -216,7 +217,7 @@ class Mamba(nn.Module):
         inputs = (u, conv, cu_seqlens)
         u, conv = self.conv1d(*inputs)
         if again is not None:
-            again.give(u, lambda *inputs: self.conv1d(*inputs)[0], *inputs)
+            again.give(u, self.conv1d, lambda *inputs: self.conv1d(*inputs)[0], *inputs)
         u, projected = beside(self.x_proj, u)
         delta, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.bcdt_rms_eps is not None:
@@ -224,7 +225,7 @@ class Mamba(nn.Module):
         step = self.dt_proj(delta)
         # What stands in dt_proj's place (an adapter with dropout) may draw random numbers.
         if again is not None and type(self.dt_proj) is StepProjection:
-            again.give(step, self.dt_proj, delta)
+            again.give(step, self.dt_proj, self.dt_proj, delta)
         y, ssm = selective_scan(
             u,
             step,

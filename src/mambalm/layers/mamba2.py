@@ -189,7 +189,7 @@ class Mamba2(nn.Module):
             parts, conv = self.conv1d(*inputs, sizes=self._split_conv)
         u, B, C = parts
         if again is not None:
-            again.give(u, lambda *inputs: self.conv1d(*inputs)[0], *inputs)
+            again.give(u, self.conv1d, lambda *inputs: self.conv1d(*inputs)[0], *inputs)
         heads, groups = (self.nheads, self.headdim), (self.ngroups, self.d_state)
         D = full_precision(self.D)
         # Packed documents are cheaper to read when nobody asks for their final states.
@@ -216,7 +216,7 @@ class Mamba2(nn.Module):
             norm = self.norm
             scanned, y = y, norm(y, gate=z)
             if again is not None:
-                again.give(y, lambda scanned, z: norm(scanned, gate=z), scanned, z)
+                again.give(y, norm, lambda scanned, z: norm(scanned, gate=z), scanned, z)
         return y, conv, ssm
 
     def init_state(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mambalm.layers.hooks import hooked
+
+_CHANGED = "a tensor that the backward needs, or computes activations from, was changed in place since"
 
 
 def is_wanted(recompute: bool | str | None, x: Tensor) -> bool:
@@ -37,7 +41,8 @@ class Recomputation:
     In the context every operator that wants to keep such a tensor keeps a note instead. The first note that the
     backward reads computes the tensor, the last lets go of it. Nothing else changes: what is computed again is what was
     computed before, by the same kernels under the same autocast, so gradients are the same bit for bit. It is for
-    functions without random numbers. What an enclosing one was given is given here too.
+    functions without random numbers. What an enclosing one was given is given here too. As without it, the backward
+    refuses to go on from a tensor that was changed in place since.
     """
 
     def __init__(self) -> None:
@@ -56,21 +61,30 @@ class Recomputation:
         self._given.clear()
         self._outer = None
 
-    def give(self, tensor: Tensor, function: Callable[..., Tensor], *arguments: Tensor | None) -> None:
-        """Say that ``tensor``, contiguous in memory of its own, is ``function(*arguments)``; the arguments are kept,
-        unless they were given themselves."""
+    def give(
+        self, tensor: Tensor, module: nn.Module, function: Callable[..., Tensor], *arguments: Tensor | None
+    ) -> None:
+        """Say that ``tensor``, contiguous in memory of its own, is ``function(*arguments)`` by ``module``.
+
+        The arguments are kept, unless they were given themselves. A module with hooks is not called again.
+        """
+        if hooked(module):
+            return
         kept = self._keep(arguments)
 
         def again(*arguments: Tensor | None) -> list[Tensor]:
             with torch.no_grad():
                 return [function(*arguments)]
 
-        self._given[_address(tensor)] = (tensor.detach(), _Again(again, kept, tensor.device.type))
+        self._given[_address(tensor)] = (tensor.detach(), _Again(again, kept, module.parameters(), tensor.device.type))
 
-    def run(self, function: Callable[..., tuple[Tensor, ...]], *arguments: Tensor | None) -> tuple[Tensor, ...]:
+    def run(
+        self, parameters: Iterable[Tensor], function: Callable[..., tuple[Tensor, ...]], *arguments: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """``function(*arguments)``, of which nothing is kept but the arguments, unless they were given.
 
-        The first of its outputs, contiguous in memory of its own, counts as given.
+        The first of its outputs, contiguous in memory of its own, counts as given. ``parameters`` are what it reads
+        besides.
         """
         kept, wanted = self._keep(arguments), [t is not None and t.requires_grad for t in arguments]
         device = next(t for t in arguments if t is not None).device.type
@@ -90,7 +104,7 @@ class Recomputation:
                 )
             return [first.detach(), *found]
 
-        record = _Again(again, kept, device)
+        record = _Again(again, kept, parameters, device)
         count = 0
 
         def pack(tensor: Tensor) -> _Note:
@@ -107,7 +121,7 @@ class Recomputation:
         return [None if t is None else self._note(t) or t for t in arguments]
 
     def _pack(self, tensor: Tensor) -> Any:
-        return self._note(tensor) or tensor
+        return self._note(tensor) or _Kept(tensor, tensor._version)
 
     def _note(self, tensor: Tensor) -> _Note | None:
         given, again = self._given.get(_address(tensor), (None, None))
@@ -119,10 +133,17 @@ class Recomputation:
 class _Again:
     """Tensors that are computed again, all at once."""
 
-    def __init__(self, function: Callable[..., list[Tensor]], arguments: Sequence[Any], device: str) -> None:
+    def __init__(
+        self,
+        function: Callable[..., list[Tensor]],
+        arguments: Sequence[Any],
+        parameters: Iterable[Tensor],
+        device: str,
+    ) -> None:
         self._notes = self._unread = 0
         self._function = function
         self._arguments = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
+        self._parameters = list(parameters)
         self._versions = self._present_versions()
         self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self._found: list[Tensor] | None = None
@@ -143,11 +164,12 @@ class _Again:
         return tensor
 
     def _present_versions(self) -> list[int | None]:
-        return [t._version if isinstance(t, Tensor) else None for t in self._arguments]
+        read = (*self._arguments, *self._parameters)
+        return [t._version if isinstance(t, Tensor) else None for t in read]
 
     def _compute(self) -> list[Tensor]:
         if self._versions != self._present_versions():
-            raise RuntimeError("a tensor that the backward computes activations from was changed in place since")
+            raise RuntimeError(_CHANGED)
         device, dtype, enabled = self._autocast
         with torch.autocast(device, dtype, enabled=enabled):
             return self._function(*(t if t is None else _unpack(t) for t in self._arguments))
@@ -167,9 +189,23 @@ class _Note:
         return tensor if self.layout is None else tensor.as_strided(*self.layout)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor that an operator keeps; autograd itself does not look for changes of what hooks have packed."""
+
+    tensor: Tensor
+    version: int
+
+    def read(self) -> Tensor:
+        """The tensor."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(_CHANGED)
+        return self.tensor
+
+
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
 def _unpack(kept: Any) -> Tensor:
-    return kept.read() if isinstance(kept, _Note) else kept
+    return kept.read() if isinstance(kept, _Note | _Kept) else kept
