@@ -9,8 +9,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from mambalm.ops.backends import Call
-
 __all__ = ["barrier", "copy_in", "copy_out", "gl", "gluon", "unsupported", "view"]
 
 # The left names are those of 3.9, the right ones those of 3.6.
@@ -31,12 +29,12 @@ def barrier(_semantic=None):  # type: ignore[no-untyped-def]
     return _semantic.debug_barrier()
 
 
-def unsupported(call: Call, suits: Callable[[tuple[int, int]], bool], wanted: str) -> str | None:
-    """Why no Gluon kernel can run the call: none here, or a GPU whose compute capability does not suit; or None."""
+def unsupported(device: torch.device, suits: Callable[[tuple[int, int]], bool], wanted: str) -> str | None:
+    """Why no Gluon kernel can run on a device: none here, or a GPU whose compute capability does not suit; or None."""
     if triton.knobs.runtime.interpret:
         return "Gluon does not run in Triton's interpreter"
-    if torch.version.hip is not None or call.device.type != "cuda" or not torch.cuda.is_available():
+    if torch.version.hip is not None or device.type != "cuda" or not torch.cuda.is_available():
         return "it needs an NVIDIA GPU"
-    if not suits(torch.cuda.get_device_capability(call.device)):
+    if not suits(torch.cuda.get_device_capability(device)):
         return f"it needs an NVIDIA GPU of compute capability {wanted}"
     return None

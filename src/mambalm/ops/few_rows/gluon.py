@@ -9,7 +9,6 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mambalm.ops import gluon_support
-from mambalm.ops.backends import Call
 from mambalm.ops.few_rows import _gluon_kernels as kernels
 from mambalm.ops.gluon_support import gl
 from mambalm.ops.triton_support import ceil_div, processors
@@ -43,9 +42,7 @@ def unsupported(batch: int, device: torch.device, dtype: torch.dtype) -> str | N
     """Why no product of so many rows can run here; None if they can."""
     if not 1 < batch <= _MOST_ROWS or dtype not in (torch.bfloat16, torch.float16):
         return f"it takes 2 to {_MOST_ROWS} rows in half precision"
-    return gluon_support.unsupported(
-        Call("selective_scan", device, dtype), lambda capability: capability == (9, 0), "9.0"
-    )
+    return gluon_support.unsupported(device, lambda capability: capability == (9, 0), "9.0")
 
 
 def takes(weight: Tensor) -> bool:

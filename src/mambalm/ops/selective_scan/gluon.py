@@ -24,7 +24,7 @@ _MOST_CHUNKS = 16
 
 def supports(call: Call) -> str | None:
     """None, or why the call cannot run here."""
-    reason = gluon_support.unsupported(call, lambda capability: capability >= (8, 0), "8.0 or later")
+    reason = gluon_support.unsupported(call.device, lambda capability: capability >= (8, 0), "8.0 or later")
     return reason or _launch.unsupported(call)
 
 

@@ -29,7 +29,7 @@ _LINES = plain.Lines(crossings=3, others=1, some=_CHANNELS)
 
 def supports(call: Call) -> str | None:
     """None, or why the call cannot run here."""
-    reason = gluon_support.unsupported(call, lambda capability: capability == (9, 0), "9.0")
+    reason = gluon_support.unsupported(call.device, lambda capability: capability == (9, 0), "9.0")
     return reason or _launch.unsupported(call)
 
 
