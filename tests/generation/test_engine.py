@@ -47,6 +47,14 @@ def test_reading_goes_on_from_a_state(tiny_model: PreTrainedModel) -> None:
     assert relative_error(logits, expected) <= FLOAT32
 
 
+@pytest.mark.parametrize("chunk_size", [2, 100])
+def test_logits_that_are_no_numbers_are_refused(tiny_model: PreTrainedModel, chunk_size: int) -> None:
+    state = tiny_model.init_state(len(PROMPTS))
+    state.layers[0].ssm[1] = torch.nan
+    with pytest.raises(ValueError, match=r"logits after prompt 2 are NaN.*too large for float32"):
+        read(tiny_model, PROMPTS, state, chunk_size=chunk_size)
+
+
 def test_activation_memory_is_that_of_a_chunk(tiny_model: PreTrainedModel) -> None:
     lengths = []
     handle = tiny_model.backbone.register_forward_pre_hook(

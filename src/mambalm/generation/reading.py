@@ -61,15 +61,19 @@ def read(
 
     Raises:
         ValueError, TypeError: a prompt is empty or no tensor (l), or a token id is outside of the model's vocabulary.
+        ValueError: logits are NaN.
     """
     _check_prompts(model, prompts)
     chunk_size = chosen_chunk_size(model) if chunk_size is None else chunk_size
     state = model.init_state(len(prompts)) if state is None else state
     groups = list(_groups(prompts, chunk_size))
     if len(groups) == 1:
-        return _read_group(model, prompts, state, chunk_size, graphs)
-    parts = [_read_group(model, prompts[rows], state.index(rows), chunk_size, graphs) for rows in groups]
-    return torch.cat([logits for logits, _ in parts]), State.cat([after for _, after in parts])
+        logits, after = _read_group(model, prompts, state, chunk_size, graphs)
+    else:
+        parts = [_read_group(model, prompts[rows], state.index(rows), chunk_size, graphs) for rows in groups]
+        logits, after = torch.cat([found for found, _ in parts]), State.cat([reached for _, reached in parts])
+    _check_logits(logits)
+    return logits, after
 
 
 def _groups(prompts: Sequence[Tensor], chunk_size: int) -> Iterator[slice]:
@@ -133,6 +137,15 @@ def _check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None
                 f"prompt {row + 1} has token ids from {int(prompt.min())} to {int(prompt.max())}, but the model's "
                 f"vocabulary has {vocabulary}; use the tokenizer that the model was trained with"
             )
+
+
+def _check_logits(logits: Tensor) -> None:
+    """Refuse what no token can be chosen from, and no state be kept of."""
+    for row in logits.isnan().any(1).nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"the logits after prompt {row + 1} are NaN: the weights or the state hold NaN, or a number was too large "
+            f"for {str(logits.dtype).removeprefix('torch.')}; load the model in float32, or for float16 in bfloat16"
+        )
 
 
 def _pad_left(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mambalm.data.token_files import Metadata
 from mambalm.data.tokenizer import load_tokenizer
+from mambalm.models.formats.io import written_whole
 from mambalm.models.quiet import without_bars
 from mambalm.training.adapters import Adapter, put_on
 from mambalm.training.checkpoint import Checkpoints
@@ -363,16 +364,12 @@ def export(trainer: Trainer, folder: Folder, shard_size: str = "5GB") -> None:
         trainer.adapted.save(folder.adapter, tensors)
         return
     dtype = torch.float32 if trainer.recipe.precision in ("fp32", "v100") else torch.bfloat16
-    incomplete = folder.model.with_name(".model.incomplete")
-    shutil.rmtree(incomplete, ignore_errors=True)
+    trainer.network.config.dtype = dtype
+    state = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     try:
-        trainer.network.config.dtype = dtype
-        state = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        with without_bars():
-            trainer.network.save_pretrained(incomplete, state_dict=state, max_shard_size=shard_size)
-        trainer.tokenizer.save_pretrained(incomplete)
-        shutil.rmtree(folder.model, ignore_errors=True)
-        incomplete.rename(folder.model)
+        with written_whole(folder.model, overwrite=True) as partial, without_bars():
+            trainer.network.save_pretrained(partial, state_dict=state, max_shard_size=shard_size)
+            trainer.tokenizer.save_pretrained(partial)
     except OSError as error:
         raise OSError(f"cannot write {folder.model}: {error}; the last checkpoint is intact") from error
 
