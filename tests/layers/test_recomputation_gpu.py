@@ -32,8 +32,10 @@ def test_the_gradients_are_the_same_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize(("recompute", "fewer", "scans"), [(True, 10, 0), ("scan", 14, 1), ("layer", 22, 1)])
-def test_memory(recompute: bool | str, fewer: int, scans: int) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "fewer", "scans", "within"), [(True, 10, 0, 0.02), ("scan", 14, 1, 0.02), ("layer", 22, 1, 0.03)]
+)
+def test_memory(recompute: bool | str, fewer: int, scans: int, within: float) -> None:
     """The allocator's figure between forward and backward, per token and channel: so many bytes less of 26, and those
     of the scan's states."""
     kept = []
@@ -49,4 +51,4 @@ def test_memory(recompute: bool | str, fewer: int, scans: int) -> None:
         del outputs
     launching = import_module("mambalm.ops.selective_scan._launch")
     states = 4 * 2 * layer.mixer.d_state / launching.checkpoint_steps(4, 2048, layer.mixer.d_inner)
-    assert kept[0] - kept[1] == pytest.approx((fewer + scans * states) * stream.numel(), rel=0.04)
+    assert kept[0] - kept[1] == pytest.approx((fewer + scans * states) * stream.numel(), rel=within)

@@ -9,6 +9,7 @@ import torch
 import typer
 
 import mambalm
+from mambalm.models.loading import default_device
 
 if TYPE_CHECKING:
     from mambalm.models.common import MambalmForCausalLM
@@ -74,13 +75,13 @@ def parse_device(name: str | None) -> torch.device:
     Raises:
         ValueError: torch knows no such device, or this machine has none.
     """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    best = default_device()
     if name is None:
-        return accelerator or torch.device("cpu")
+        return best
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}; choose cpu, cuda or cuda:1, for instance") from None
-    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+    if device.type not in ("cpu", best.type):
         raise ValueError(f"this machine has no {device.type!r} device that torch can use; try --device cpu")
     return device

@@ -21,7 +21,7 @@ from mambalm.evaluation.shared_prefixes import Rows, Tokens, shared_batches
 from mambalm.generation import Engine, Sampling, Settings, TextStream, end_tokens
 from mambalm.generation.reading import read
 from mambalm.models.common import MambalmForCausalLM
-from mambalm.models.loading import load
+from mambalm.models.loading import default_device, load
 from mambalm.training.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ class HarnessModel(TemplateLM):
                 raise ValueError("a model that is loaded comes with its tokenizer: pass tokenizer, too")
             self.model = pretrained
         else:
-            place = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-            self.model = load(pretrained, dtype, device or place or "cpu", quantization)
+            self.model = load(pretrained, dtype, device or default_device(), quantization)
             tokenizer = tokenizer or pretrained
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.engine = Engine(self.model)

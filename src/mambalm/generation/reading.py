@@ -141,10 +141,12 @@ def _check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None
 
 def _check_logits(logits: Tensor) -> None:
     """Refuse what no token can be chosen from, and no state be kept of."""
-    for row in logits.isnan().any(1).nonzero()[:, 0].tolist():
+    rows = logits.isnan().any(1).nonzero()[:, 0].tolist()
+    if rows:
+        dtype = str(logits.dtype).removeprefix("torch.")
         raise ValueError(
-            f"the logits after prompt {row + 1} are NaN: the weights or the state hold NaN, or a number was too large "
-            f"for {str(logits.dtype).removeprefix('torch.')}; load the model in float32, or for float16 in bfloat16"
+            f"the logits after prompt {rows[0] + 1} are NaN: the weights or the state hold NaN, or a number was too "
+            f"large for {dtype}; load the model in float32, or for float16 in bfloat16"
         )
 
 

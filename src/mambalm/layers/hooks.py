@@ -16,11 +16,13 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
 def sharded(module: nn.Module) -> bool:
     """Whether FSDP2, and nobody else, takes part when the module is called: its parameters are there only then."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    others = "forward" in vars(module) or hasattr(module, "parametrizations")
-    return bool(hooks) and not others and all(str(hook.__module__).startswith(_FSDP) for hook in hooks)
+    return bool(hooks) and not _is_replaced(module) and all(str(hook.__module__).startswith(_FSDP) for hook in hooks)
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether something beside the module's own forward runs when it is called."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return any(hooks) or "forward" in vars(module) or hasattr(module, "parametrizations")
+    return bool(module._forward_hooks or module._forward_pre_hooks) or _is_replaced(module)
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    return "forward" in vars(module) or hasattr(module, "parametrizations")

@@ -23,6 +23,12 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "consolidated*.safetensors", "*.pt")
 
 
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
 def load(
     path_or_hub_id: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
