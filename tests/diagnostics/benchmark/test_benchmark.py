@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,6 +217,16 @@ def test_runs_read_on(tiny_checkpoint: Path) -> None:
         assert torch.allclose(whole._logits, parts._logits, atol=1e-4)  # type: ignore[attr-defined]
         assert len(list(parts.write(5))) == 5
         assert parts.position == 25
+
+
+def test_runs_read_as_the_engine_does(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its graphs, so that a first token is not compared with a slower reading."""
+    subject = checkpoint_subject(str(tiny_checkpoint), None, CPU)
+    graphs = SimpleNamespace(asked=0)
+    monkeypatch.setattr(graphs, "read", lambda *_: setattr(graphs, "asked", graphs.asked + 1), raising=False)
+    monkeypatch.setattr(subject, "engine", SimpleNamespace(chunks=graphs))
+    subject.begin(1).read(20)
+    assert graphs.asked == 1
 
 
 def test_restored_states_are_the_same(tiny_checkpoint: Path) -> None:

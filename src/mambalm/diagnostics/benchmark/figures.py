@@ -86,13 +86,16 @@ def _throughput(left: Axes, right: Axes, report: Result) -> None:
 def _generate(left: Axes, right: Axes, report: Result) -> None:
     """Time to the first token, and time per token."""
     names = [model["name"] for model in report["models"]]
-    panels = ((left, "prompt_seconds", 1000.0, "ms to the first token"), (right, "decode_ms_per_token", 1.0, "ms"))
+    panels = (
+        (left, "prompt_seconds", 1000.0, "ms to the first token"),
+        (right, "decode_ms_per_token", 1.0, "ms per token after it"),
+    )
     for axes, key, scale, label in panels:
         values = [scale * model[key] for model in report["models"]]
         bars = axes.bar(range(len(names)), values, color=[f"C{index}" for index in range(len(names))])
         axes.bar_label(bars, fmt="%.3g")
-        axes.set_xticks(range(len(names)), names, fontsize=7)
-        axes.set(ylabel=label if axes is left else "ms per token after it")
+        _name(axes, names)
+        axes.set(ylabel=label)
 
 
 def _restore(left: Axes, right: Axes, report: Result) -> None:
@@ -107,7 +110,7 @@ def _restore(left: Axes, right: Axes, report: Result) -> None:
     right.bar(range(len(names)), [model["file_bytes"] / 2**20 for model in report["models"]])
     right.set(ylabel="state file, MiB")
     for axes in (left, right):
-        axes.set_xticks(range(len(names)), names, fontsize=7)
+        _name(axes, names)
 
 
 _DRAWN: dict[str, Callable[[Any, Any, Result], None]] = {
@@ -116,6 +119,11 @@ _DRAWN: dict[str, Callable[[Any, Any, Result], None]] = {
     "restore": _restore,
     "throughput": _throughput,
 }
+
+
+def _name(axes: Axes, names: Sequence[str]) -> None:
+    """Models' names below the bars, the long ones in two lines."""
+    axes.set_xticks(range(len(names)), [name.replace(" beside ", " beside\n") for name in names], fontsize=7)
 
 
 def _powers_of_two(axes: Axes) -> None:
