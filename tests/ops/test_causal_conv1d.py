@@ -297,12 +297,6 @@ def test_parts_of_the_output_are_parts() -> None:
         causal_conv1d(**args, sizes=(3, 1))
 
 
-def test_integers_are_refused() -> None:
-    args: dict[str, Any] = {**arguments(1, 8, 4, 4)}
-    with pytest.raises(TypeError, match="bias must be real floating point"):
-        causal_conv1d(**(args | {"bias": torch.zeros(4, dtype=torch.int64)}))
-
-
 def test_a_missing_backend_raises() -> None:
     with pytest.raises(BackendError, match="'gluon' backend was asked for but cannot run"):
         convolution("gluon")(**arguments(1, 8, 4, 4))

@@ -1,6 +1,8 @@
-"""The ways in which an op's computation is called give the same, and each is taken where it must be."""
+"""Which backend runs, and that the ways in which an op's computation is called give the same, each where it must."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.__main__ import gradients
 from benchmarks.cases import CPU_CASES, Case
-from mambalm.ops import backends, linear_cross_entropy, selective_scan
+from mambalm.ops import BackendError, backends, selective_scan
+from mambalm.ops.backends import Call, Function, choose, use
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.op)
@@ -20,6 +23,64 @@ def test_the_registered_op_gives_the_same(case: Case, monkeypatch: pytest.Monkey
     registered = gradients(case, arguments, "portable")
     assert direct.keys() == registered.keys()
     assert all(torch.equal(direct[name], registered[name]) for name in direct)
+
+
+class TestChoice:
+    """Argument > context manager > automatic; what was asked for runs or raises."""
+
+    def test_asked_for_and_missing_raises(self) -> None:
+        with pytest.raises(BackendError, match="'gluon' backend was asked for but cannot run"):
+            scan(torch.ones(1, 5, 4), "gluon")
+        with use("gluon"), pytest.raises(BackendError, match="'gluon' backend was asked for"):
+            scan(torch.ones(1, 5, 4))
+
+    def test_argument_beats_context(self) -> None:
+        with use("gluon"):
+            scan(torch.ones(1, 5, 4), "portable")
+        scan(torch.ones(1, 5, 4))
+
+    def test_unknown_name(self) -> None:
+        with pytest.raises(BackendError, match="unknown backend 'fast'"):
+            scan(torch.ones(1, 5, 4), "fast")
+
+    def test_a_plain_device_runs_portable(self) -> None:
+        call = Call("selective_scan", torch.device("mps"), torch.float32, {"d": 4, "n": 4})
+        assert choose(call, "").__name__.endswith("selective_scan.portable")
+
+    @pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
+    def test_a_library_that_does_not_load_is_a_reason(
+        self, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(_: str) -> None:
+            raise error("libsomething.so: cannot open shared object file")
+
+        monkeypatch.setattr(backends.importlib, "import_module", broken)
+        reason = backends._load.__wrapped__("selective_scan", "cpu")
+        assert reason == "its import failed (libsomething.so: cannot open shared object file)"
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.op)
+@pytest.mark.parametrize("backend", ["portable", None])
+def test_what_the_compiler_is_told_of_strided_inputs(
+    case: Case, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the op and of its gradient."""
+    case = case.shrunk()
+    given = case.arguments(torch.device("cpu"), torch.float32)
+    strided = {name: t.transpose(0, -1).contiguous().transpose(0, -1) for name, t in given.items()}
+    assert not all(t.is_contiguous() for t in strided.values())
+    called = []
+
+    def recorded(run: Function, op: Function, *rest: Any) -> Function:
+        return lambda *arguments: called.append((op, arguments)) or op(*arguments)
+
+    monkeypatch.setattr(backends, "way", recorded)
+    y = case.call({name: t.requires_grad_() for name, t in strided.items()}, backend)
+    torch.autograd.grad(y, strided.values(), torch.randn(y.shape[::-1]).permute(*range(y.ndim)[::-1]))
+    assert [str(op._opoverload) for op, _ in called] == [f"mambalm.{case.op}{end}.default" for end in ("", "_backward")]
+    for op, arguments in called:
+        detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
+        torch.library.opcheck(op, detached, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_each_way_is_taken() -> None:
@@ -40,9 +101,9 @@ def test_each_way_is_taken() -> None:
     assert ways == ["transformed", "op"]
 
 
-def scan(u: Tensor) -> Tensor:
+def scan(u: Tensor, backend: str | None = None) -> Tensor:
     B = torch.linspace(-1, 1, 15).view(1, 5, 3)
-    y = selective_scan(u, u.abs(), -torch.ones(4, 3), B, B)
+    y = selective_scan(u, u.abs(), -torch.ones(4, 3), B, B, backend=backend)
     assert isinstance(y, Tensor)
     return y
 
@@ -52,56 +113,3 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(scan(u).square().sum(), u, create_graph=True)
     with pytest.raises(RuntimeError, match="selective_scan has no second derivative"):
         gradient.sum().backward()
-
-
-def test_vmap() -> None:
-    u = torch.randn(3, 1, 5, 4)
-    assert torch.equal(torch.func.vmap(scan)(u), torch.stack([scan(row) for row in u]))
-    gradient = torch.func.grad(lambda row: scan(row).square().sum())
-    assert torch.equal(torch.func.vmap(gradient)(u), torch.stack([gradient(row) for row in u]))
-
-
-@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.op)
-@pytest.mark.parametrize("backend", ["portable", None])
-def test_gradients_by_torch_func(case: Case, backend: str | None) -> None:
-    case = case.shrunk()
-    arguments = case.arguments(torch.device("cpu"), torch.float32)
-    given = {name: value for name, value in arguments.items() if value.is_floating_point()}
-
-    def loss(given: dict[str, Tensor]) -> Tensor:
-        result = case.call(arguments | given, backend)
-        return sum((y.square().sum() for y in ([result] if isinstance(result, Tensor) else result)), torch.zeros(()))
-
-    found = torch.func.grad(loss)(given)
-    leaves = {name: value.detach().requires_grad_() for name, value in given.items()}
-    loss(leaves).backward()
-    assert all(torch.equal(found[name], leaf.grad) for name, leaf in leaves.items())  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradients_of_each_examples_loss(reduction: str) -> None:
-    x, weight, labels = torch.randn(3, 4, 8), torch.randn(10, 8), torch.randint(10, (3, 4))
-
-    def loss(weight: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-        return linear_cross_entropy(x, weight, labels, reduction=reduction).square().sum()
-
-    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, x, labels)
-    leaf = weight.clone().requires_grad_()
-    for gradient, row, label in zip(found, x, labels, strict=True):
-        torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf, row, label), leaf)[0])
-
-
-@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.op)
-@pytest.mark.parametrize("backend", ["portable", None])
-def test_forward_mode_is_refused_since_kernels_drop_tangents(case: Case, backend: str | None) -> None:
-    case = case.shrunk()
-    arguments = case.arguments(torch.device("cpu"), torch.float32)
-    name, value = next((name, value) for name, value in arguments.items() if value.is_floating_point())
-
-    def call(tensor: Tensor) -> Tensor:
-        return case.call(arguments | {name: tensor}, backend)
-
-    with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
-        torch.func.jvp(call, (value,), (value,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="backend='reference'"):
-        call(torch.autograd.forward_ad.make_dual(value, value))

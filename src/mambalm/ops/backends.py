@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 NAMES = ("gluon", "triton", "cpu", "portable", "reference")
@@ -211,19 +212,27 @@ def transformable(run: Function, op: Function, setup_context: Function, backward
         return output if isinstance(output, Tensor) else tuple(output)
 
     def vmap(info: Any, dims: tuple[Any, ...], *arguments: Any) -> Any:
-        def part(at: int) -> list[Any]:
-            pairs = zip(arguments, dims, strict=True)
-            return [value.select(dim, at) if isinstance(dim, int) else value for value, dim in pairs]
-
-        outputs = [made.apply(*part(at)) for at in range(info.batch_size)]
+        count = info.batch_size
+        calls = [[_row(*pair, at) for pair in zip(arguments, dims, strict=True)] for at in range(max(count, 1))]
+        outputs = [made.apply(*call) for call in calls]
         if isinstance(outputs[0], Tensor):
-            return torch.stack(outputs), 0
-        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+            return torch.stack(outputs)[:count], 0
+        return tuple(torch.stack(rows)[:count] for rows in zip(*outputs, strict=True)), (0,) * len(outputs[0])
 
-    methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _no_tangents()
+
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap, "jvp": jvp}
     attributes = {name: staticmethod(method) for name, method in methods.items()}
     made: Any = type("Transformable", (torch.autograd.Function,), attributes)
     return made.apply
+
+
+def _row(value: Any, dim: Any, at: int) -> Any:
+    """What one call of a batch is given of an argument whose axis ``dim`` vmap runs over; of an empty batch, zeros."""
+    if not isinstance(dim, int):
+        return value
+    return value.select(dim, at) if value.shape[dim] else value.new_zeros(value.shape[:dim] + value.shape[dim + 1 :])
 
 
 def way(
@@ -238,7 +247,7 @@ def way(
         NotImplementedError: under forward-mode differentiation, in which a kernel would drop the tangents.
     """
     tensors = tuple(tensors)
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 and not torch._C._are_functorch_transforms_active():
         _refuse_tangents(tensors)
     if with_gradient is None:
         return run if is_plain(*tensors) and not needs_grad(*tensors) else op
@@ -250,10 +259,14 @@ def way(
 
 def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(
-            "forward-mode differentiation (torch.func.jvp, jacfwd) is not built: differentiate backwards, or pass "
-            "backend='reference', which is plain torch"
-        )
+        raise _no_tangents()
+
+
+def _no_tangents() -> NotImplementedError:
+    return NotImplementedError(
+        "forward-mode differentiation (torch.func.jvp, jacfwd) is not built: differentiate backwards, or pass "
+        "backend='reference', which is plain torch"
+    )
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -270,7 +283,22 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """True when autograd will ask for the gradient of any of the tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return any(t is not None and _is_tracked(t) for t in tensors)
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_tracked(tensor: Tensor) -> bool:
+    """True when a gradient is asked for at any level of ``torch.func``: vmap hides what its tensors require."""
+    if torch.compiler.is_compiling():  # which cannot look below
+        return True
+    while not tensor.requires_grad:
+        if not _functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return True
 
 
 @contextlib.contextmanager

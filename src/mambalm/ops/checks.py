@@ -1,10 +1,31 @@
 """Argument checks that the ops share. Every message names the tensor, what was expected and what was given."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensors(op: str, required: Mapping[str, Tensor], optional: Mapping[str, Tensor | None]) -> None:
+    """Raise TypeError unless each is a dense tensor of floating point in 16 to 64 bits (an optional one may be None),
+    ValueError unless all are on the first one's device."""
+    device = None
+    for name, tensor in (*required.items(), *optional.items()):
+        if tensor is None and name in optional:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{op}: {name} must be real floating point of 16 to 64 bits, got {tensor.dtype}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{op}: {name} must be dense, got the layout {tensor.layout}")
+        device = device or tensor.device
+        if tensor.device != device:
+            first = next(iter(required))
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {device}; move one of them")
 
 
 def shape(op: str, name: str, tensor: Tensor | None, expected: Sequence[int], letters: str) -> None:
@@ -14,24 +35,9 @@ def shape(op: str, name: str, tensor: Tensor | None, expected: Sequence[int], le
 
 
 def dims(op: str, name: str, tensor: Tensor, count: int, letters: str) -> None:
-    """Raise ValueError unless ``tensor`` has ``count`` axes, TypeError if it is none."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor ({letters}), got {type(tensor).__name__}")
+    """Raise ValueError unless ``tensor`` has ``count`` axes."""
     if tensor.ndim != count:
         raise ValueError(f"{op}: {name} must have {count} axes ({letters}), got shape {tuple(tensor.shape)}")
-
-
-def same_device(op: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless all tensors are floating point and on the first one's device."""
-    (first, reference), *others = tensors.items()
-    assert reference is not None
-    for name, tensor in [(first, reference), *others]:
-        if tensor is None:
-            continue
-        if tensor.device != reference.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {reference.device}; move one of them")
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{op}: {name} must be real floating point, got {tensor.dtype}")
 
 
 def offsets(op: str, cu_seqlens: Tensor | None, x: Tensor) -> None:

@@ -82,6 +82,7 @@ def _check(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
+    checks.tensors(_OP, {"x": x, "weight": weight}, {"bias": bias, "initial_state": initial_state})
     checks.dims(_OP, "x", x, 3, "b, l, d")
     checks.dims(_OP, "weight", weight, 2, "d, k")
     b, _, d = x.shape
@@ -95,7 +96,6 @@ def _check(
     checks.offsets(_OP, cu_seqlens, x)
     rows, letter = (b, "b") if cu_seqlens is None else (cu_seqlens.shape[0] - 1, "s")
     checks.shape(_OP, "initial_state", initial_state, (rows, d, k - 1), f"{letter}, d, k-1")
-    checks.same_device(_OP, x=x, weight=weight, bias=bias, initial_state=initial_state)
 
 
 def _call(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> backends.Call:

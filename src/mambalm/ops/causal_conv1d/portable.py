@@ -121,4 +121,5 @@ def backward(
     if dfinal_state is not None:
         drows[:, places.final] += _end_to_end(dfinal_state, b, places)
     dweight = torch.stack([(spread[:, k - 1 : k - 1 + r - j] * rows[:, j:]).sum((0, 1)) for j in range(k)], dim=1)
-    return drows[:, places.tokens], dweight, dout.sum((0, 1)), _apart(drows[:, places.initial], k, places)
+    dx = drows[:, places.tokens].clone(memory_format=torch.contiguous_format)
+    return dx, dweight, dout.sum((0, 1)), _apart(drows[:, places.initial], k, places)

@@ -63,9 +63,9 @@ def linear_cross_entropy(
     if shift:
         labels = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], dim=-1)
     arguments = (
-        x.reshape(-1, x.shape[-1]),
+        x.flatten(0, -2),
         weight,
-        labels.reshape(-1),
+        labels.flatten(),
         bias,
         ignore_index,
         float(z_loss),
@@ -84,13 +84,15 @@ def linear_cross_entropy(
 def _check(
     x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, reduction: str, chunk_size: int | None
 ) -> None:
+    checks.tensors(_OP, {"x": x, "weight": weight}, {"bias": bias})
     checks.dims(_OP, "weight", weight, 2, "v, d")
     v, d = weight.shape
     if x.ndim < 2 or x.shape[-1] != d:
         raise ValueError(f"{_OP}: x must have shape (..., l, d) with weight's d = {d}, got {tuple(x.shape)}")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{_OP}: labels must be an int64 tensor (..., l), got {type(labels).__name__}")
     checks.shape(_OP, "labels", labels, x.shape[:-1], "..., l")
     checks.shape(_OP, "bias", bias, (v,), "v")
-    checks.same_device(_OP, x=x, weight=weight, bias=bias)
     if labels.dtype != torch.int64 or labels.device != x.device:
         raise TypeError(f"{_OP}: labels must be int64 on {x.device}, got {labels.dtype} on {labels.device}")
     if reduction not in _REDUCTIONS:

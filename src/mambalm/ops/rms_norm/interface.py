@@ -77,6 +77,7 @@ def _check(
     residual_in_fp32: bool,
 ) -> int:
     """The number of channels in a group."""
+    checks.tensors(_OP, {"x": x}, {"weight": weight, "gate": gate, "residual": residual})
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{_OP}: x must have shape (..., d) with at least one channel, got {tuple(x.shape)}")
     d = x.shape[-1]
@@ -90,7 +91,6 @@ def _check(
     checks.shape(_OP, "weight", weight, (d,), "d")
     checks.shape(_OP, "gate", gate, x.shape, "..., d")
     checks.shape(_OP, "residual", residual, x.shape, "..., d")
-    checks.same_device(_OP, x=x, weight=weight, gate=gate, residual=residual)
     return group_size
 
 

@@ -27,12 +27,12 @@ def forward(
     if residual is None:
         source, stream = x, x.new_empty(0, dtype=stream_dtype)
     else:
-        source = stream = (x.to(acc) + residual).to(stream_dtype)
+        source = stream = (x.to(acc) + residual).to(stream_dtype).contiguous()
     normed, _ = _normalise(_gated(source.to(acc), gate), eps, group_size)
     y = normed.flatten(-2)
     if weight is not None:
         y = y * weight
-    return y.to(x.dtype), stream if keep else stream.new_empty(0)
+    return y.to(x.dtype).contiguous(), stream if keep else stream.new_empty(0)
 
 
 def backward(

@@ -82,6 +82,8 @@ def _check(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
+    optional = {"D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state}
+    checks.tensors(_OP, {"u": u, "delta": delta, "A": A, "B": B, "C": C}, optional)
     checks.dims(_OP, "u", u, 3, "b, l, d")
     checks.dims(_OP, "A", A, 2, "d, n")
     b, l, d = u.shape
@@ -101,9 +103,6 @@ def _check(
     checks.offsets(_OP, cu_seqlens, u)
     rows, letter = (b, "b") if cu_seqlens is None else (cu_seqlens.shape[0] - 1, "s")
     checks.shape(_OP, "initial_state", initial_state, (rows, d, n), f"{letter}, d, n")
-    checks.same_device(
-        _OP, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state
-    )
 
 
 def _call(u: Tensor, A: Tensor, B: Tensor, cu_seqlens: Tensor | None) -> backends.Call:

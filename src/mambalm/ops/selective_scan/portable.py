@@ -225,9 +225,9 @@ class _Gradients:
         self.dinitial = None
         if packed and scan.initial is not None:
             self.dinitial = torch.zeros_like(scan.initial) if dfinal is None else dfinal.clone()
-        self.du, self.ddelta = (torch.empty_like(t, dtype=scan.A.dtype) for t in (scan.given.u, scan.given.delta))
-        self.dB, self.dC = (torch.empty_like(t, dtype=scan.A.dtype) for t in (scan.given.B, scan.given.C))
-        self.dz = None if scan.given.z is None else torch.empty_like(scan.given.z, dtype=scan.A.dtype)
+        self.du, self.ddelta = (scan.A.new_empty(t.shape) for t in (scan.given.u, scan.given.delta))
+        self.dB, self.dC = (scan.A.new_empty(t.shape) for t in (scan.given.B, scan.given.C))
+        self.dz = None if scan.given.z is None else scan.A.new_empty(scan.given.z.shape)
         self.dA = torch.zeros_like(scan.A)
         self.dD = None if scan.given.D is None else torch.zeros_like(scan.given.D, dtype=scan.A.dtype)
 

@@ -39,7 +39,7 @@ def selective_scan(
             document = (u[:, i:j], delta[:, i:j], A, B[:, i:j], C[:, i:j], D, gate, delta_bias)
             parts.append(selective_scan(*document, delta_softplus, state))
         if not parts:
-            return torch.empty_like(u), A.new_zeros(0, *A.shape, dtype=accumulation_dtype(u.dtype))
+            return u.clone(), A.new_zeros(0, *A.shape, dtype=accumulation_dtype(u.dtype))
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([h for _, h in parts])
 
     dtype, acc = u.dtype, accumulation_dtype(u.dtype)

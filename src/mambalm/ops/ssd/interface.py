@@ -93,6 +93,8 @@ def _check(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
+    optional = {"D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
+    checks.tensors(_OP, {"x": x, "dt": dt, "A": A, "B": B, "C": C}, optional)
     checks.dims(_OP, "x", x, 4, "b, l, h, p")
     checks.dims(_OP, "B", B, 4, "b, l, g, n")
     b, l, h, p = x.shape
@@ -110,7 +112,6 @@ def _check(
     checks.offsets(_OP, cu_seqlens, x)
     rows, letter = (b, "b") if cu_seqlens is None else (cu_seqlens.shape[0] - 1, "s")
     checks.shape(_OP, "initial_state", initial_state, (rows, h, p, n), f"{letter}, h, p, n")
-    checks.same_device(_OP, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
 
 
 def _limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
