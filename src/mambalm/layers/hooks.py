@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules import module as every
 
 _FSDP = "torch.distributed.fsdp"
 
@@ -16,12 +17,20 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
 def sharded(module: nn.Module) -> bool:
     """Whether FSDP2, and nobody else, takes part when the module is called: its parameters are there only then."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return bool(hooks) and not _is_replaced(module) and all(str(hook.__module__).startswith(_FSDP) for hook in hooks)
+    if hooked_everywhere() or _is_replaced(module):
+        return False
+    return bool(hooks) and all(str(hook.__module__).startswith(_FSDP) for hook in hooks)
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether something beside the module's own forward runs when it is called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or _is_replaced(module)
+    return bool(module._forward_hooks or module._forward_pre_hooks) or _is_replaced(module) or hooked_everywhere()
+
+
+def hooked_everywhere() -> bool:
+    """Whether hooks see every module's call or backward, as `torch.nn.modules.module` registers them."""
+    forward = every._global_forward_hooks or every._global_forward_pre_hooks
+    return bool(forward or every._global_backward_hooks or every._global_backward_pre_hooks)
 
 
 def _is_replaced(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mambalm.layers import Attention, Block, GatedMLP, Mamba, Mamba2, RMSNorm
 from mambalm.layers.block import add_and_normalise
-from mambalm.layers.hooks import hooked
+from mambalm.layers.hooks import hooked, hooked_everywhere
 from mambalm.layers.state import State
 from mambalm.models.arguments import full_precision, kept_positions, one_cache, one_of, refuse_unused
 from mambalm.models.cache import StateCache, is_recurrent, new_cache, read_cache, write_cache
@@ -367,7 +367,9 @@ def _is_watched(layer: nn.Module) -> bool:
     """Whether someone else sees or keeps what a block takes and gives: hooks, checkpointing. FSDP's only pass it on."""
     all_hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     hooks = (hook for hooks in all_hooks for hook in hooks.values())
-    if any(not getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks):
+    if hooked_everywhere() or any(
+        not getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks
+    ):
         return True
     return hasattr(layer, "_hf_hook") or (layer.training and getattr(layer, "gradient_checkpointing", False))
 
