@@ -100,6 +100,7 @@ def test_forward_mode_is_refused_since_kernels_drop_tangents(case: Case, backend
         lambda: jvp(grad(function), (value,), (value,)),
         lambda: jvp(vmap(function), (values,), (values,)),
         lambda: hessian(function)(value),
+        lambda: torch.compile(jvp, backend="eager")(function, (value,), (value,)),
     ):
         with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
             call()

@@ -247,13 +247,13 @@ def way(
         NotImplementedError: under forward-mode differentiation, in which a kernel would drop the tangents.
     """
     tensors = tuple(tensors)
-    if forward_ad._current_level >= 0 and not torch._C._are_functorch_transforms_active():
+    transforms = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    if forward_ad._current_level >= 0 and not transforms:  # whose functions refuse tangents at their level
         _refuse_tangents(tensors)
     if with_gradient is None:
         return run if is_plain(*tensors) and not needs_grad(*tensors) else op
     if is_plain(*tensors):
         return with_gradient.apply if needs_grad(*tensors) else run
-    transforms = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
     return with_gradient.transformed if transforms else op
 
 
