@@ -2,7 +2,8 @@
 each other, not layouts, registers or the memory model.
 
 A task of `warp_specialize` is a thread, memory is tensors, copies are done at once. Barriers count arrivals and bytes
-as the hardware does; a wait that never ends is an error. Programs run one after the other.
+as the hardware does; a wait that never ends is an error, and so is what happens in shared memory in no order that
+barriers see to (shared_memory.py). Programs run one after the other.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-PATIENCE = 30  # seconds
+from tests.ops.shared_memory import RUNNING, Barrier, Barriers, Row, Task, helper
 
 
 class Value(Tensor):
@@ -61,56 +62,39 @@ class Pointer:
 
 
 class Memory:
-    """Shared memory."""
+    """Shared memory: of a tensor, and the rows of what was allocated, of which it may be a part."""
 
-    def __init__(self, data: Tensor) -> None:
-        self.data = data
+    def __init__(self, data: Tensor, rows: Sequence[Row]) -> None:
+        self.data, self.rows = data, rows
+
+    def part(self, data: Tensor) -> Memory:
+        return Memory(data, self.rows)
 
     def index(self, i: Any) -> Memory:
         assert 0 <= int(i) < len(self.data)
-        return Memory(self.data[int(i)])
+        return self.part(self.data[int(i)])
+
+    def permute(self, order: Sequence[int]) -> Memory:
+        return self.part(self.data.permute(*order))
+
+    def mine(self) -> Sequence[Row]:
+        size = self.data.untyped_storage().nbytes() // self.data.itemsize // len(self.rows)
+        first = self.data.storage_offset()
+        return self.rows[first // size : (first + self.data.numel() - 1) // size + 1]
+
+    def read(self, by: Task) -> Tensor:
+        for row in self.mine():
+            row.read(by)
+        return self.data
 
     def load(self, layout: object) -> Value:
-        return value(self.data.clone())
+        return value(self.read(RUNNING.task).clone())
 
     def store(self, values: Tensor) -> None:
         assert (values.shape, values.dtype) == (self.data.shape, self.data.dtype)
+        for row in self.mine():
+            row.store(RUNNING.task)
         self.data.copy_(values)
-
-    def permute(self, order: Sequence[int]) -> Memory:
-        return Memory(self.data.permute(*order))
-
-
-class Barrier:
-    """Counts arrivals and bytes of a phase; the phase after it begins when both are complete."""
-
-    def __init__(self) -> None:
-        self.changed, self.count, self.missing, self.bytes, self.phase = threading.Condition(), 0, 0, 0, 0
-
-    def less(self, arrivals: int, size: int) -> None:
-        with self.changed:
-            self.missing -= arrivals
-            self.bytes -= size
-            assert self.missing >= 0
-            if self.missing == 0 and self.bytes == 0:
-                self.phase, self.missing = self.phase ^ 1, self.count
-                self.changed.notify_all()
-
-    def wait(self, parity: Any) -> None:
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.phase != int(parity), PATIENCE), (
-                "a barrier was waited for in vain"
-            )
-
-
-class Barriers:
-    """Barriers in shared memory."""
-
-    def __init__(self, count: int) -> None:
-        self.all = [Barrier() for _ in range(count)]
-
-    def index(self, i: Any) -> Barrier:
-        return self.all[int(i)]
 
 
 def init(barrier: Barrier, count: int) -> None:
@@ -138,21 +122,54 @@ def window(descriptor: Any, coordinates: Sequence[Any]) -> Tensor:
 def copy_in(descriptor: Any, coordinates: Sequence[Any], barrier: Barrier, memory: Memory) -> None:
     assert list(memory.data.shape) == list(descriptor.block_shape)
     found = window(descriptor, coordinates)
+    copier = helper()
+    for row in memory.mine():
+        row.copy(copier)
     memory.data.zero_()
     memory.data[: len(found)] = found
-    barrier.less(0, memory.data.nbytes)
+    barrier.less(0, memory.data.nbytes, copier)
 
 
 def copy_out(descriptor: Any, coordinates: Sequence[Any], memory: Memory) -> None:
-    window(descriptor, coordinates).copy_(memory.data)
+    copier = helper()
+    RUNNING.task.copies.append(copier)
+    window(descriptor, coordinates).copy_(memory.read(copier))
+
+
+class Product:
+    """A matrix product that is under way: its result is NaN until it was waited for."""
+
+    def __init__(self, by: Task, result: Value) -> None:
+        self.by, self.result, self.shown = by, result, value(torch.full_like(result, torch.nan))
+
+    def done(self) -> None:
+        RUNNING.task.look(self.by.show())
+        self.shown.copy_(self.result)
 
 
 def product(a: Any, b: Memory, sums: Tensor, use_acc: bool = True, is_async: bool = False) -> Value:
-    first = a.data if isinstance(a, Memory) else a
+    by, under_way = helper(), RUNNING.task.products
+    first = a.read(by) if isinstance(a, Memory) else a
     assert first.dtype == b.data.dtype
     assert first.dtype in (torch.bfloat16, torch.float16)
-    result = first.float() @ b.data.float()
-    return value(result + sums if use_acc else result)
+    result = first.float() @ b.read(by).float()
+    if use_acc:
+        result += next((product.result for product in under_way if product.shown is sums), sums)
+    under_way.append(Product(by, value(result)))
+    return under_way[-1].shown if is_async else products_done(0, [under_way[-1].shown])
+
+
+def products_done(pending: int, deps: Sequence[Any]) -> Any:
+    under_way = RUNNING.task.products
+    while len(under_way) > pending:
+        under_way.pop(0).done()
+    return deps[0] if len(deps) == 1 else tuple(deps)
+
+
+def copies_done(pending: int) -> None:
+    copies = RUNNING.task.copies
+    while len(copies) > pending:
+        RUNNING.task.look(copies.pop(0).show())
 
 
 def load(pointer: Pointer, **_: Any) -> Value:
@@ -182,27 +199,37 @@ def where(condition: Any, a: Any, b: Any) -> Value:
 
 def warp_specialize(tasks: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Any, registers: Any) -> None:
     failures: list[str] = []
+    begun = RUNNING.task.show()
+    running: list[Task] = []
 
     def run(task: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        RUNNING.task = Task(begun)
+        running.append(RUNNING.task)
         try:
             with torch.no_grad():
                 task(*arguments)
+            assert not RUNNING.task.copies, "a task ends while shared memory is being copied"
         except BaseException:  # of any kind, to be raised in the thread that waits
             failures.append(traceback.format_exc())
+            Barrier.broken.set()
 
     threads = [threading.Thread(target=run, args=task) for task in tasks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures, "\n".join(failures)
+    Barrier.broken.clear()
+    assert not failures, failures[0]
+    for task in running:
+        RUNNING.task.look(task.show())
 
 
 def allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Any:
     if dtype == torch.int64:
         return Barriers(shape[0])
     data = torch.empty(*shape, dtype=dtype)
-    return Memory(data.fill_(torch.nan) if dtype.is_floating_point else data)
+    rows = [Row() for _ in range(shape[0] if len(shape) > 1 else 1)]
+    return Memory(data.fill_(torch.nan) if dtype.is_floating_point else data, rows)
 
 
 def nothing(*_: object, **__: object) -> None:
@@ -229,7 +256,7 @@ def language(program: int, programs: int) -> SimpleNamespace:
 
 
 def view(memory: Memory, shape: Sequence[int], layout: object) -> Memory:
-    return Memory(memory.data.view(*shape))
+    return memory.part(memory.data.view(*shape))
 
 
 def kernels(module: ModuleType, gl: SimpleNamespace) -> ModuleType:
@@ -242,8 +269,9 @@ def kernels(module: ModuleType, gl: SimpleNamespace) -> ModuleType:
         gl=gl, gluon=SimpleNamespace(jit=jit), barrier=nothing, copy_in=copy_in, copy_out=copy_out, view=view
     )
     hopper = SimpleNamespace(
-        fence_async_shared=nothing, mbarrier=MBARRIER, tma=SimpleNamespace(store_wait=nothing), warpgroup_mma=product,
-        warpgroup_mma_wait=lambda pending, deps: deps[0] if len(deps) == 1 else tuple(deps),
+        fence_async_shared=lambda: RUNNING.task.fence(), mbarrier=MBARRIER, warpgroup_mma=product,
+        tma=SimpleNamespace(store_wait=copies_done),
+        warpgroup_mma_wait=products_done,
     )  # fmt: skip
     replaced = {"mambalm.ops.gluon_support": support, "triton.experimental.gluon.language.nvidia.hopper": hopper}
     assert module.__file__ is not None
@@ -270,4 +298,5 @@ def launch(module: ModuleType, kernel: Any, programs: int, arguments: dict[str, 
     function = getattr(kernels(module, gl), kernel.fn.__name__)
     for program in range(programs):
         gl.program_id = lambda axis, program=program: value(program)
+        RUNNING.task = Task({})
         function(*(argument(parameter) for parameter in kernel.params))

@@ -45,6 +45,7 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, 128, 2, 1, None),
         (2, 70, 4, 2, None),
         (1, 150, 3, 1, None),  # heads without a partner
+        (1, 70, 8, 1, None),  # more than what is copied ahead
         (1, 200, 2, 1, [0, 0, 70, 130, 130, 200]),
     ],
 )
