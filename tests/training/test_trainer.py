@@ -1,16 +1,10 @@
-"""The run of a recipe: exact resumption, stages, accumulation, the guard, and a kill at any moment."""
+"""The run of a recipe: exact resumption, stages, accumulation, the guard."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +21,12 @@ from mambalm.training.distributed import Ranks
 from mambalm.training.guard import DivergedError, Verdict
 from mambalm.training.metrics import read_metrics
 from mambalm.training.recipe_files import dump
-from mambalm.training.session import Folder, Profile, run
+from mambalm.training.session import Profile, run
 from mambalm.training.summary import steps_of
 from mambalm.training.trainer import Trainer
 from mambalm_cli import app
 from tests.data.folders import write_folder
 from tests.training.runs import VOCABULARY, finish, recipe, trainer, write_data
-
-SOURCES = Path(__file__).parents[2] / "src"
 
 
 @pytest.fixture(scope="module")
@@ -295,116 +287,3 @@ def test_wrong_vocabulary_and_missing_files_are_named(data: Path, tmp_path: Path
         trainer(recipe(data, {"data": {"sources": [{"path": str(tmp_path / "none")}]}}), tmp_path)
     with pytest.raises(ValueError, match="does not exist: name a tokenizer's folder"):
         trainer(recipe(data, {"tokenizer": str(tmp_path / "none")}), tmp_path)
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = trainer(recipe(data), tmp_path)
-    finish(made, 2)
-    made.save()
-    made.checkpoints.wait()
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    finish(made, 3)
-    with monkeypatch.context() as patch:
-        patch.setattr("mambalm.training.checkpoint.flush", full)
-        made.save()
-        with pytest.raises(OSError, match=r"No space left on device; those of steps \[2\] are intact"):
-            made.checkpoints.wait()
-    assert made.checkpoints.steps() == [2]
-    assert trainer(recipe(data), tmp_path).position.step == 2
-
-
-def test_a_checkpoint_that_fails_stops_the_run_at_the_next_step(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    advance = Trainer.advance
-
-    def slow(made: Trainer) -> Any:
-        while made.checkpoints.is_writing:
-            time.sleep(0.01)
-        return advance(made)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Trainer, "advance", slow)
-    monkeypatch.setattr("mambalm.training.checkpoint.flush", full)
-    settled = recipe(data, {"checkpoints": {"every": 4}})
-    with pytest.raises(OSError, match=r"No space left on device; none was written before"):
-        run(settled, tmp_path, Ranks(), Console(quiet=True))
-    # During step 5 it was noticed at the latest.
-    assert max(int(row["step"]) for row in read_metrics(tmp_path / "metrics.jsonl")) in (4, 5)
-
-
-def test_an_unreadable_shard_is_named(data: Path, tmp_path: Path) -> None:
-    made = trainer(recipe(data), tmp_path)
-    finish(made, 2)
-    made.save()
-    made.checkpoints.wait()
-    shard = next((tmp_path / "checkpoints" / "step-2").glob("*.distcp"))
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"step-2 is damaged"):
-        trainer(recipe(data), tmp_path)
-
-
-KILLED = """
-import sys
-from pathlib import Path
-sys.path[:0] = {path!r}
-import torch
-# Sums depend on the number of threads.
-torch.set_num_threads({threads})
-from mambalm.training.recipe_files import load_recipe
-from mambalm.training.distributed import Ranks
-from mambalm.training.session import run
-from rich.console import Console
-run(load_recipe({recipe!r}), Path({folder!r}), Ranks(), Console(quiet=True))
-"""
-
-
-@pytest.mark.slow
-def test_kill_9_at_random_moments(data: Path, tmp_path: Path, whole: tuple[list[float], Trainer]) -> None:
-    """Killed while it trains and while it saves, again and again, it ends with the uninterrupted run's losses."""
-    made = recipe(data, {"checkpoints": {"every": 1}})
-    (tmp_path / "recipe.yaml").write_text(dump(made))
-    names = {"recipe": str(tmp_path / "recipe.yaml"), "folder": str(tmp_path / "run")}
-    source = KILLED.format(path=[path for path in sys.path if path], threads=torch.get_num_threads(), **names)
-    moments = random.Random(os.getpid())
-    kills, metrics = 0, tmp_path / "run" / "metrics.jsonl"
-    for _ in range(5):
-        known = len(list(read_metrics(metrics)))
-        process = subprocess.Popen(
-            [sys.executable, "-c", source], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
-        )
-        # A checkpoint follows every step: any moment after a new step is near one.
-        while process.poll() is None and len(list(read_metrics(metrics))) <= known:
-            time.sleep(0.01)
-        time.sleep(moments.random() * 0.15)
-        process.send_signal(signal.SIGKILL)
-        if process.wait() == 0:
-            break
-        kills += 1
-    if process.returncode:
-        subprocess.run([sys.executable, "-c", source], check=True, cwd=Path(__file__).parents[2])
-    assert kills >= 1
-    losses = [line["loss"] for line in read_metrics(metrics) if "loss" in line]
-    assert losses == whole[0]
-
-
-def test_a_signal_saves_and_asks_to_be_requeued(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(dump(recipe(data, {"checkpoints": {"every": 1000}})))
-    folder = tmp_path / "run"
-    arguments = ["-m", "mambalm", "train", str(tmp_path / "recipe.yaml"), "--output", str(folder), "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCES)}
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
-    while process.poll() is None and len(list(read_metrics(folder / "metrics.jsonl"))) < 1:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate()
-    assert process.returncode == 75, output
-    assert "the same command goes on" in output
-    assert Folder(folder).checkpoints.is_dir()
-    last = list(read_metrics(folder / "metrics.jsonl"))[-1]["step"]
-    assert Checkpoints(folder / "checkpoints").latest() == last
