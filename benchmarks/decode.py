@@ -20,6 +20,7 @@ from benchmarks.models import model
 from benchmarks.timing import RESULTS, device_folder, device_ms, provenance
 from mambalm.generation import Engine, Sampling, Settings
 from mambalm.generation.sampling import Plan
+from mambalm.generation.steps import Captured
 
 PLANS = {"greedy": Sampling(), "top-p": Sampling(temperature=1.0, top_p=0.9)}
 # (model, batch, how tokens are chosen, mamba_ssm's ms and our goal in ms on an H200)
@@ -39,9 +40,14 @@ MODELS = tuple(dict.fromkeys(name for name, *_ in CASES))
 PROMPT = 2048
 
 
+def _graph(engine: Engine, batch: int, sampling: Sampling) -> Captured:
+    assert engine.graphs is not None, "on a GPU steps are captured"
+    return engine.graphs.take(batch, Plan.of([sampling], None))
+
+
 def step_ms(engine: Engine, batch: int, sampling: Sampling, steps: int = 200) -> float:
     """The time of a step on the device, back to back."""
-    captured = engine.take(batch, Plan.of([sampling], None))
+    captured = _graph(engine, batch, sampling)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for _ in range(5):
         captured.replay()
@@ -55,7 +61,7 @@ def step_ms(engine: Engine, batch: int, sampling: Sampling, steps: int = 200) ->
 
 def kernels(engine: Engine, batch: int, sampling: Sampling, steps: int = 10) -> list[dict[str, Any]]:
     """Where the time of a step goes: a row per kernel, the costliest first."""
-    captured = engine.take(batch, Plan.of([sampling], None))
+    captured = _graph(engine, batch, sampling)
     captured.replay()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):

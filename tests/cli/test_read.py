@@ -123,7 +123,9 @@ def test_killed_and_resumed(tiny_checkpoint: Path, book: Path, killed: Path, exp
         assert "--restart begins anew" in result.stderr
     assert partial.read_bytes() == left
     # As if it had been killed within its next checkpoint.
-    (killed.parent / ".book.state.partial.incomplete").write_bytes(left[:100])
+    within = killed.parent / ".book.state.partial.0123abcd.incomplete"
+    within.mkdir()
+    (within / ".tmpAbCdEf").write_bytes(left[:100])
     result = call("read", tiny_checkpoint, book, "-o", killed, *QUICK)
     assert result.exit_code == 0, result.output
     assert "Resuming at token" in result.stderr

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from mambalm.generation import Engine, beam_search, read
-from tests.models.tiny import FAMILIES, tokens
+from tests.models.tiny import FAMILIES, WITH_TRANSFORMERPP, tokens
 
 PROMPT = tokens(7)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_TRANSFORMERPP)
 @pytest.mark.parametrize(
     ("beams", "penalty", "ends"),
     [(3, 1.0, ()), (4, 1.0, (5, 9, 30)), (2, 0.0, tuple(range(0, 48, 3))), (4, -0.7, (7,))],
 )
 def test_beams_are_those_of_generate(family: str, beams: int, penalty: float, ends: tuple[int, ...]) -> None:
-    model = FAMILIES[family].model()
+    model = WITH_TRANSFORMERPP[family].model()
     found = beam_search(
         Engine(model), PROMPT, beams, max_new_tokens=9, end_tokens=frozenset(ends), length_penalty=penalty
     )
@@ -56,3 +56,14 @@ def test_beams_go_on_behind_a_state() -> None:
 def test_sizes_that_make_no_search_are_refused(beams: int, count: int) -> None:
     with pytest.raises(ValueError, match="at least 2 beams and 1 token"):
         beam_search(Engine(FAMILIES["mamba"].model()), PROMPT, beams, max_new_tokens=count)
+
+
+def test_logits_that_become_no_numbers_are_told() -> None:
+    model = FAMILIES["mamba2"].model()
+
+    def broken(module: object, arguments: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits if logits.shape[0] == 1 else logits.index_fill(0, torch.tensor([1]), torch.nan)
+
+    model.lm_head.register_forward_hook(broken)
+    with pytest.raises(ValueError, match="the logits after 1 tokens are NaN or infinite"):
+        beam_search(Engine(model), PROMPT, 3, max_new_tokens=4)

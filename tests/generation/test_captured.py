@@ -12,7 +12,7 @@ from mambalm.generation import Engine, Sampling, Settings, engine, owned_state, 
 from mambalm.generation.owned_state import OwnedState
 from mambalm.models.common import MambalmForCausalLM
 from tests.helpers import FLOAT32, relative_error
-from tests.models.tiny import FAMILIES, lively, tokens
+from tests.models.tiny import FAMILIES, WITH_TRANSFORMERPP, lively, tokens
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_engine_gpu.py has the real thing")
 
@@ -55,7 +55,7 @@ def rows_of(model: MambalmForCausalLM, settings: Settings, **more: Any) -> list[
 
 
 @pytest.mark.parametrize("room", [4, 1024])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_TRANSFORMERPP)
 def test_greedy_tokens_are_those_of_generate(family: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owned_state, "_ROOM", room)
     monkeypatch.setattr(owned_state, "_AHEAD", 1)
@@ -84,7 +84,7 @@ def test_rows_that_stop_leave_the_others_as_they_are(monkeypatch: pytest.MonkeyP
         counts[token.row] += 1
         found[token.row].append(token.id)
     assert found == [row[:length] for row, length in zip(free, lengths, strict=True)]
-    assert {(size, room) for size, room, _ in one._idle} == {(4, 16), (2, 16), (2, 32), (1, 32)}
+    assert {(size, room) for size, room, _ in one.graphs._idle} == {(4, 16), (2, 16), (2, 32), (1, 32)}
 
 
 @pytest.mark.parametrize("family", ["mamba", "hybrid"])
@@ -94,7 +94,7 @@ def test_draws_are_those_of_eager_steps(family: str) -> None:
     settings = Settings(sampling=sampling, max_new_tokens=9, seed=7, copies=2)
     found = rows_of(model, settings)
     eager = Engine(model)
-    eager._eager_because = "it is asked for"
+    eager.graphs = None
     expected: list[list[int]] = [[] for _ in found]
     for token in eager.generate(PROMPTS, settings):
         expected[token.row].append(token.id)
@@ -138,3 +138,57 @@ def test_what_is_owned_is_no_part_of_what_is_given_out() -> None:
     for one, other in zip(kept.layers, before.layers, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
     assert torch.isfinite(out).all()
+
+
+class Stopped(Exception):
+    """Of a caller."""
+
+
+@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt, None])
+def test_what_was_broken_off_leaves_nothing_behind(error: type[BaseException] | None) -> None:
+    one = Engine(lively("hybrid"))
+    settings = Settings(max_new_tokens=6, sampling=Sampling(temperature=1.0, presence_penalty=0.5), seed=1)
+    expected = list(one.generate(PROMPTS, settings))
+    graphs = sum(map(len, one.graphs._idle.values()))  # type: ignore[union-attr]
+
+    def raises(row: int) -> bool:
+        if error is not None and row == 1:
+            raise error
+        return row == 0
+
+    broken = one.generate(PROMPTS, settings, raises)
+    if error is None:
+        next(broken)
+        del broken
+    else:
+        with pytest.raises(error):
+            list(broken)
+    assert list(one.generate(PROMPTS, settings)) == expected
+    assert sum(map(len, one.graphs._idle.values())) == graphs  # type: ignore[union-attr]
+
+
+def test_logits_that_become_no_numbers_are_told() -> None:
+    model = lively("mamba2")
+    one, settings = Engine(model), Settings(max_new_tokens=6)
+    logits, state = read(model, PROMPTS)
+    for bad in (logits.index_fill(0, torch.tensor([1]), torch.nan), logits):
+        if bad is logits:
+            state.layers[1].ssm[1] = torch.nan  # type: ignore[union-attr]
+        found = one.go_on(bad, state, one.chooser(3, settings), settings)
+        heard = [next(found).row for _ in range(4 if bad is logits else 1)]
+        assert heard == [0, 1, 2, 0][: len(heard)]
+        with pytest.raises(ValueError, match="the logits of row 2 are NaN or infinite"):
+            next(found)
+    assert rows_of(model, settings) == rows_of(lively("mamba2"), settings)
+
+
+def test_so_many_graphs_are_kept_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "_MOST_IDLE", 3)
+    one = Engine(FAMILIES["mamba"].model())
+    one.chunks = None  # of graphs that cannot be captured here
+    for count, logprobs in ((1, None), (1, 1), (2, None), (1, None), (1, 2), (2, None), (1, None), (2, 5)):
+        settings = Settings(max_new_tokens=2, logprobs=logprobs)
+        list(one.generate(PROMPTS[:count], settings))
+    assert one.graphs is not None
+    kept = [(size, plan.logprobs) for size, _, plan in one.graphs._idle if plan is not None]
+    assert kept == [(2, None), (1, None), (2, 5)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -50,3 +52,29 @@ def test_the_least_recent_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs.read(tokens(1, 7), model.init_state(1)) is None
     with use_backend("portable"):
         assert graphs.read(tokens(1, 6), model.init_state(1)) is None
+
+
+class Slow:
+    """In a graph's place: its memory, and the time that it takes."""
+
+    def __init__(self, model: Any, ids: torch.Tensor, pool: Any) -> None:
+        self.ids = ids.clone()
+
+    def __call__(self, ids: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+        self.ids.copy_(ids)
+        time.sleep(0.002)
+        return self.ids.clone(), state
+
+
+def test_threads_do_not_meet_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_graphs, "_Chunk", Slow)
+    model = FAMILIES["mamba"].model(num_hidden_layers=1)
+    graphs, state = chunk_graphs.ChunkGraphs(model, None), model.init_state(1)
+    graphs.read(tokens(1, 5), state)
+
+    def work(seed: int) -> bool:
+        ids = tokens(1, 5, seed=seed)
+        return all(torch.equal(graphs.read(ids, state)[0], ids) for _ in range(10))  # type: ignore[index]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 from mambalm.generation import Engine, Sampling, Settings, decode, end_tokens, read, step
 from mambalm.generation.reading import chosen_chunk_size
 from tests.helpers import FLOAT32, relative_error
-from tests.models.tiny import FAMILIES, lively
+from tests.models.tiny import FAMILIES, WITH_TRANSFORMERPP, lively
 from tests.models.tiny import tokens as random_tokens
 
 PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 13], [7], [11, 3, 8, 2, 250, 17, 33, 4, 99])]
+
+PROMPTS_48 = [random_tokens(length, seed=length) for length in (3, 1, 9)]
 
 
 def continuations(model: PreTrainedModel, prompts: list[torch.Tensor], settings: Settings) -> list[list[int]]:
@@ -107,21 +109,25 @@ def test_the_chunk_is_chosen_by_model_and_device(tiny_model: PreTrainedModel) ->
     assert chosen_chunk_size(model.bfloat16()) == 4096
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_of_every_family_are_those_of_generate(family: str) -> None:
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("family", WITH_TRANSFORMERPP)
+def test_greedy_tokens_of_every_family_are_those_of_generate(family: str, penalty: float) -> None:
+    """A repetition penalty counts the prompt's tokens too, as transformers' does."""
     model = lively(family)
     prompts = [random_tokens(length, seed=length) for length in (3, 1, 9)]
     # The stock class, where transformers has one, is nothing of ours.
-    other = model if FAMILIES[family].stock is None else FAMILIES[family].stock_model(model)
-    for prompt, row in zip(prompts, continuations(model, prompts, Settings(max_new_tokens=10)), strict=True):
+    stock = WITH_TRANSFORMERPP[family].stock
+    other = model if stock is None else WITH_TRANSFORMERPP[family].stock_model(model)
+    settings = Settings(max_new_tokens=10, sampling=Sampling(repetition_penalty=penalty))
+    for prompt, row in zip(prompts, continuations(model, prompts, settings), strict=True):
         for one in (model, other):
-            expected = one.generate(prompt[None], max_new_tokens=10, do_sample=False)
+            expected = one.generate(prompt[None], max_new_tokens=10, do_sample=False, repetition_penalty=penalty)
             assert row == expected[0, len(prompt) :].tolist()
         assert len(set(row)) > 2
 
 
 @pytest.mark.parametrize("chunk_size", [3, 8])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_TRANSFORMERPP)
 def test_a_batch_in_chunks_is_each_row_at_once(family: str, chunk_size: int) -> None:
     model = lively(family)
     prompts = [random_tokens(length, seed=length) for length in (13, 1, 20)]
@@ -197,6 +203,14 @@ def test_copies_are_rows_of_their_own_that_read_the_prompt_once(tiny_model: PreT
         assert continuations(tiny_model, [PROMPTS[row // 2]], alone) == [tokens_of_row]
 
 
+def test_the_callers_random_numbers_are_left_alone(tiny_model: PreTrainedModel) -> None:
+    before = torch.get_rng_state()
+    for temperature in (0.0, 1.0):
+        settings = Settings(sampling=Sampling(temperature=temperature), max_new_tokens=2)
+        continuations(tiny_model, PROMPTS[:1], settings)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_seeds_per_row(tiny_model: PreTrainedModel) -> None:
     sampling = Sampling(temperature=2.0)
     rows = continuations(tiny_model, PROMPTS[:2], Settings(sampling=sampling, max_new_tokens=9, seed=[8, 3]))
@@ -223,6 +237,54 @@ def test_going_on_behind_a_state(tiny_model: PreTrainedModel) -> None:
     _, state = read(tiny_model, [PROMPTS[2][:4]])
     found = [token.id for token in Engine(tiny_model).generate([PROMPTS[2][4:]], settings, state=state)]
     assert [found] == continuations(tiny_model, PROMPTS[2:], settings)
+
+
+def test_a_repetition_penalty_behind_a_state_is_refused(tiny_model: PreTrainedModel) -> None:
+    settings = Settings(sampling=Sampling(repetition_penalty=1.1), max_new_tokens=3)
+    _, state = read(tiny_model, PROMPTS)
+    with pytest.raises(ValueError, match="all that was read, which a State does not tell: use a Session"):
+        list(Engine(tiny_model).generate(PROMPTS, settings, state=state))
+    found = list(Engine(tiny_model).generate(PROMPTS[:1], settings, state=tiny_model.init_state(1)))
+    assert [[token.id for token in found]] == continuations(tiny_model, PROMPTS[:1], settings)
+
+
+@pytest.mark.parametrize("count", [3, 5])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9)])
+def test_logits_that_become_no_numbers_are_told(tiny_model: PreTrainedModel, sampling: Sampling, count: int) -> None:
+    """Rows by the CPU's step, and more of them."""
+    engine, settings = Engine(tiny_model), Settings(sampling=sampling, max_new_tokens=6)
+    logits, state = read(tiny_model, [PROMPTS[0]] * count)
+    state.layers[1].ssm[2] = torch.nan
+    found = engine.go_on(logits, state, engine.chooser(count, settings), settings)
+    assert [next(found).row for _ in range(count + 2)] == [*range(count), 0, 1]
+    with pytest.raises(ValueError, match="the logits of row 3 are NaN or infinite"):
+        next(found)
+
+
+class Stopped(Exception):
+    """Of a caller."""
+
+
+@pytest.mark.parametrize("family", ["mamba", "hybrid"])
+@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt, None])
+def test_what_was_broken_off_leaves_nothing_behind(family: str, error: type[BaseException] | None) -> None:
+    model = lively(family)
+    engine, settings = Engine(model), Settings(max_new_tokens=6, sampling=Sampling(temperature=1.0), seed=1)
+    expected = list(engine.generate(PROMPTS_48, settings))
+
+    def raises(row: int) -> bool:
+        if error is not None and row == 1:
+            raise error
+        return row == 0
+
+    broken = engine.generate(PROMPTS_48, settings, raises)
+    if error is None:
+        next(broken)
+        del broken
+    else:
+        with pytest.raises(error):
+            list(broken)
+    assert list(engine.generate(PROMPTS_48, settings)) == expected
 
 
 def test_a_reader_steps_as_the_model_does(tiny_model: PreTrainedModel) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from mambalm.diagnostics.verify import HALF_PRECISION_FACTOR
-from mambalm.generation import Engine, Sampling, Settings, step
+from mambalm.generation import Engine, Sampling, Settings, read, step
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.ops import use_backend
 from tests.helpers import FLOAT32, relative_error
@@ -83,7 +84,7 @@ def test_attention_moves_to_more_room(changes: dict[str, bool], monkeypatch: pyt
     model = FAMILIES["hybrid"].model(**changes).to("cuda")
     engine = Engine(model)
     found = rows_of(engine, Settings(max_new_tokens=40))
-    assert max(room for _, room, _ in engine._idle) == 64
+    assert max(room for _, room, _ in engine.graphs._idle) == 64
     for prompt, row in zip(PROMPTS, found, strict=True):
         expected = model.generate(prompt[None].cuda(), max_new_tokens=40, do_sample=False)
         assert row == expected[0, len(prompt) :].tolist()
@@ -98,7 +99,7 @@ def test_draws_are_those_of_the_cpu_and_a_graph_serves_other_settings() -> None:
     ):
         settings = Settings(sampling=sampling, max_new_tokens=15, seed=7, copies=2)
         assert rows_of(engine, settings) == rows_of(plain, settings)
-    assert sum(map(len, engine._idle.values())) == 1
+    assert sum(map(len, engine.graphs._idle.values())) == 1
 
 
 def test_two_runs_at_once_do_not_meet() -> None:
@@ -137,3 +138,43 @@ def test_adapted_projections_are_called_within_the_graph(batch: int) -> None:
         ids = tokens(batch, 4).cuda()[:, position]
         logits, state = step(model, ids, state)
         assert relative_error(reader(ids), logits) <= FLOAT32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_changed_in_place_are_seen_by_the_next_run(family: str) -> None:
+    model = lively(family).to("cuda", torch.bfloat16)
+    engine = Engine(model)
+    rows_of(engine, Settings(max_new_tokens=3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= 0.5 if name.endswith(("A_log", "D", "dt_bias")) else 1.1
+    assert rows_of(engine, Settings(max_new_tokens=12)) == rows_of(Engine(model), Settings(max_new_tokens=12))
+
+
+def test_logits_that_become_no_numbers_are_told() -> None:
+    model = lively("falcon_mamba").to("cuda")
+    engine, settings = Engine(model), Settings(max_new_tokens=6)
+    expected = rows_of(engine, settings)
+    logits, state = read(model, PROMPTS)
+    state.layers[1].ssm[1] = torch.nan
+    for first in (logits.index_fill(0, torch.tensor([1], device="cuda"), torch.nan), logits):
+        with pytest.raises(ValueError, match="the logits of row 2 are NaN or infinite"):
+            list(engine.go_on(first, state, engine.chooser(len(PROMPTS), settings), settings))
+    assert rows_of(engine, settings) == expected
+
+
+def test_threads_share_an_engine_while_graphs_are_captured() -> None:
+    """Prompts of one length, so that chunk graphs are shared as well."""
+    model = lively("mamba2").to("cuda")
+
+    def work(engine: Engine, seed: int) -> list[int]:
+        rows = [tokens(40, seed=seed + row) for row in range(1 + seed % 5)]
+        way = Sampling(temperature=1.0, top_k=5 * (seed % 2))
+        settings = Settings(sampling=way, seed=seed, max_new_tokens=12, end_tokens=frozenset({3, 7}))
+        return [token.id for token in engine.generate(rows, settings)]
+
+    plain = Engine(model)
+    alone = [work(plain, seed) for seed in range(24)]
+    shared = Engine(model)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda seed: work(shared, seed), range(24))) == alone

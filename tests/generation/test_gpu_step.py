@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mambalm.generation import gpu_step, read, step
+from mambalm.generation import gpu_step, read, step, steps
 from mambalm.generation.owned_state import OwnedState
 from mambalm.ops import triton_steps
 from tests.helpers import FLOAT32, relative_error
@@ -149,3 +149,29 @@ def test_models_without_a_fused_step_say_why() -> None:
     adapted.backbone.layers[0].mixer.in_proj = nn.Sequential(adapted.backbone.layers[0].mixer.in_proj)
     assert gpu_step.refusal(adapted) == "a projection is adapted or quantised"
     assert "too coarse" in str(gpu_step.refusal(FAMILIES["mamba"].model().double()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_changed_in_place_are_seen_by_the_next_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(steps, "Captured", lambda model, size, room, plan, weights, pool: weights)
+    model = FAMILIES[family].model()
+    graphs = steps.Graphs(model, fused=True)
+    blocks: Any = graphs.take(1, None)
+    owned = OwnedState(model, 1, room=7, fused=True)
+    fused, before = gpu_step.FusedStep(model, owned, blocks), owned.value(torch.arange(1))
+    ids, logits = tokens(1, 1)[:, 0], torch.empty(1, model.config.vocab_size)
+    computed = []
+    monkeypatch.setattr(gpu_step, "renew", lambda *given, renew=gpu_step.renew: (computed.append(1), renew(*given)))
+    for changes in (1, 0, 2):
+        with torch.no_grad():
+            for _ in range(changes):
+                for parameter in model.parameters():
+                    parameter *= 1.2
+            computed.clear()
+            assert graphs.take(1, None) is blocks
+            assert len(computed) == (len(blocks) if changes else 0)
+            owned.load(before)
+            fused(ids, logits)
+        expected, _ = step(model, ids, before)
+        assert relative_error(logits, expected) <= FLOAT32

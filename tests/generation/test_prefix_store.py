@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -122,12 +123,14 @@ def test_what_a_killed_process_left_is_removed(model: MambalmForCausalLM, tmp_pa
     store = PrefixStore(tmp_path, BIG)
     read(store, model, TOKENS)
     old, new = tmp_path / "incomplete" / "old.state", tmp_path / "incomplete" / "new.state"
-    for path in (old, new):
+    folder = tmp_path / "incomplete" / ".older.state.0123abcd.incomplete"
+    folder.mkdir()
+    for path in (old, new, folder / ".tmpAbCdEf"):
         path.write_bytes(b"part of a state")
-    os.utime(old, (time.time() - 7200, time.time() - 7200))
+    for path in (old, folder):
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
     read(store, model, OTHERS)
-    assert not old.exists()
-    assert new.exists()
+    assert list((tmp_path / "incomplete").iterdir()) == [new]
 
 
 def test_many_share_a_store(model: MambalmForCausalLM, tmp_path: Path) -> None:
@@ -152,3 +155,26 @@ def test_many_share_a_store(model: MambalmForCausalLM, tmp_path: Path) -> None:
     assert sum(count.evicted for count in counts) > 0
     assert 0 < sum(path.stat().st_size for path in entries(tmp_path)) <= bound
     assert not list((tmp_path / "incomplete").iterdir())
+
+
+def test_a_store_that_can_only_be_read_is_read(
+    model: MambalmForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = PrefixStore(tmp_path, BIG)
+    read(store, model, TOKENS, 8)
+    shorter, longest = sorted(entries(tmp_path), key=lambda path: path.stat().st_mtime_ns)
+    longest.write_bytes(b"damaged")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("utime", "unlink"):
+        monkeypatch.setattr(os, name, refuse)
+    session = Session(model, chunk_size=8)
+    assert read(store, model, TOKENS[:8])[0] == 8
+    assert store.get(session, TOKENS).position == 8  # type: ignore[union-attr]
+    assert store.counts == Counts(lookups=3, hits=2, asked=88, found=16, stored=2, damaged=1)
+    assert entries(tmp_path) == sorted([shorter, longest])
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match="Read-only file system"):
+        read(store, model, OTHERS)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +164,19 @@ def test_interrupted_within_a_step(mamba: MambalmForCausalLM, monkeypatch: pytes
     assert session.written == []
 
 
+def test_logits_that_become_no_numbers_leave_the_session_where_it_was() -> None:
+    model = tiny_models()["Mamba"]
+    session = Session(model)
+    session.read(TOKENS[:9])
+    before = session.snapshot
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.D[3] = torch.nan
+    with pytest.raises(ValueError, match="the logits after token 10 are NaN or infinite"):
+        list(session.write(Settings(max_new_tokens=8)))
+    assert session.snapshot is before
+    assert session.written == []
+
+
 def test_nothing_read_is_nothing_to_continue(mamba: MambalmForCausalLM) -> None:
     with pytest.raises(ValueError, match="there is nothing to continue"):
         list(Session(mamba).write(Settings()))
@@ -291,12 +307,20 @@ def test_a_truncated_file_is_refused(saved: Path, mamba: MambalmForCausalLM, len
         Session(mamba).load(saved)
 
 
-def test_a_damaged_file_is_refused(saved: Path, mamba: MambalmForCausalLM) -> None:
-    data = bytearray(saved.read_bytes())
-    data[-9] ^= 1
-    saved.write_bytes(data)
-    with pytest.raises(StateFileError, match="its checksum does not fit"):
-        Session(mamba).load(saved)
+def test_a_bit_that_flipped_in_any_tensor_is_seen(saved: Path, mamba: MambalmForCausalLM) -> None:
+    whole = bytearray(saved.read_bytes())
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    regions = [(entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__"]
+    assert len(regions) == 8  # two layers, position, logits, counts, samples
+    for (first, behind), name in regions:
+        for at in {first, (first + behind) // 2, behind - 1}:
+            whole[end + at] ^= 1
+            saved.write_bytes(whole)
+            whole[end + at] ^= 1
+            with pytest.raises(StateFileError, match="its checksum does not fit"):
+                Session(mamba).load(saved)
+            assert name
 
 
 def test_a_bit_that_flipped_anywhere_in_the_header_is_seen(saved: Path, mamba: MambalmForCausalLM) -> None:
@@ -332,6 +356,78 @@ def test_a_newer_version_is_refused(saved: Path, mamba: MambalmForCausalLM) -> N
     save_file(load_file(saved), saved, metadata=metadata)
     with pytest.raises(StateFileError, match="of version 2, and this mambalm knows up to 1: update mambalm"):
         Session(mamba).load(saved)
+
+
+def test_a_full_disk_leaves_the_old_file(saved: Path, mamba: MambalmForCausalLM) -> None:
+    import resource
+
+    before, session = saved.read_bytes(), Session(mamba)
+    session.read(TOKENS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*saved\.state.*what was there is intact"):
+            session.save(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_interrupted_within_a_save(saved: Path, mamba: MambalmForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, session = saved.read_bytes(), Session(mamba)
+    session.read(TOKENS)
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mambalm.generation.state_file.flush", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_several_write_one_file_and_it_is_whole_at_any_moment(saved: Path, mamba: MambalmForCausalLM) -> None:
+    sessions = [Session(mamba, chunk_size=8) for _ in range(3)]
+    for session in sessions:
+        session.read(TOKENS[: 3 + len(session.ladder.positions)])
+    digests = {session.snapshot.digest for session in sessions} | {advance(NOTHING_READ, TOKENS[:20])}
+
+    def write(session: Session) -> None:
+        for _ in range(15):
+            session.save(saved)
+            assert state_file.load(saved, mamba, session.fingerprint)[0].digest in digests
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, sessions))
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_link_stays_one(saved: Path, mamba: MambalmForCausalLM, tmp_path: Path) -> None:
+    link = tmp_path / "elsewhere" / "link.state"
+    link.parent.mkdir()
+    link.symlink_to(saved)
+    session = Session(mamba)
+    session.read(TOKENS)
+    session.save(link)
+    assert link.is_symlink()
+    assert list(link.parent.iterdir()) == [link]
+    restored = Session(mamba)
+    restored.load(saved)
+    assert_same_bits(restored.snapshot, session.snapshot)
+
+
+def test_what_killed_saves_left_goes_in_time(saved: Path, mamba: MambalmForCausalLM) -> None:
+    left = [saved.with_name(f".saved.state.{number}.incomplete") for number in range(2)]
+    for folder in left:
+        folder.mkdir()
+        (folder / ".tmpAbCdEf").write_bytes(b"part of a state")
+    os.utime(left[0], (time.time() - 7200, time.time() - 7200))
+    Session(mamba).save(saved)
+    assert sorted(saved.parent.iterdir()) == [left[1], saved]
+    state_file.remove(saved)
+    assert not list(saved.parent.iterdir())
 
 
 def test_a_failed_save_leaves_the_old_file(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mambalm.generation import Settings, TextStream, generate
@@ -20,6 +21,59 @@ def test_the_pieces_are_the_text(tiny_tokenizer: PreTrainedTokenizerFast, split:
     text = "".join(pieces) + stream.flush()
     assert tiny_tokenizer.decode(ids[:split]).rstrip("\ufffd") + text.lstrip("\ufffd") == SENTENCE
     assert not any("\ufffd" in piece for piece in pieces[1:])
+
+
+@pytest.fixture(scope="module")
+def fallback() -> PreTrainedTokenizerFast:
+    """As SentencePiece has it (Llama, Codestral Mamba): a space before words, none before a text, bytes of the rest."""
+    vocabulary = {token: id for id, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))])}
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a")]
+    for token in ["▁", *"abcdefghijklmnopqrstuvwxyz.,é", *map("".join, merges)]:
+        vocabulary.setdefault(token, len(vocabulary))
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)  # type: ignore[arg-type]
+    backend.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("text", ["the a é 😀 the\tX", "😀 a", " two  spaces", "漢字 and ñ"])
+def test_bytes_where_there_is_no_token(fallback: PreTrainedTokenizerFast, text: str) -> None:
+    ids = fallback(text)["input_ids"]
+    stream = TextStream(fallback)
+    assert "".join(map(stream.push, ids)) + stream.flush() == text == fallback.decode(ids)
+    for split in range(1, len(ids)):
+        begun = fallback.decode(ids[:split]).rstrip("\ufffd")
+        stream = TextStream(fallback, [1, *ids[:split]])
+        assert begun + "".join(map(stream.push, ids[split:])) + stream.flush() == text
+    stream, cut = TextStream(fallback, stop=["é 😀"]), TextStream(fallback, stop=["😀 a"])
+    assert "".join(map(stream.push, ids)) + stream.flush() == text.partition("é 😀")[0]
+    assert "".join(map(cut.push, ids)) + cut.flush() == text.partition("😀 a")[0]
+
+
+def test_bytes_that_make_no_character_never_raise_and_stop_nothing(fallback: PreTrainedTokenizerFast) -> None:
+    """Some of them also change how the bytes before them read, and some ids are no token of the tokenizer's."""
+    emoji = [3 + byte for byte in "T😀".encode()]
+    for seed in range(300):
+        choice = random.Random(seed)
+        noise = [choice.choice([*emoji, *range(len(fallback) + 9)]) for _ in range(30)]
+        stream = TextStream(fallback, noise[: seed % 9], ["fox"])
+        text = "".join(map(stream.push, [*noise, *fallback("a the fox")["input_ids"]])) + stream.flush()
+        assert stream.stopped
+        assert text.endswith(" a the ")
+    stream = TextStream(fallback)
+    # A byte that was given out before one that belongs to nothing; then sixteen of these.
+    assert [stream.push(3 + byte) for byte in b"T\xf0"] == ["T", ""]
+    assert stream.push(fallback.convert_tokens_to_ids("a")) == "\ufffda"
+    assert "".join(stream.push(3 + 0x9F) for _ in range(16)) == 16 * "\ufffd"
+
+
+def test_tokens_without_a_text_are_passed_over(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    stream, text = TextStream(tiny_tokenizer, [0], ["brown"]), ""
+    for token in tiny_tokenizer(SENTENCE)["input_ids"]:
+        text += stream.push(0) + stream.push(len(tiny_tokenizer) + 3) + stream.push(token)
+    assert text + stream.flush() == SENTENCE.partition("brown")[0]
 
 
 def test_random_tokens_never_raise(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

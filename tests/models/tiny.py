@@ -92,6 +92,12 @@ def hybrid(**changes: Any) -> HybridConfig:
     return HybridConfig(**SIZES | parts | changes)
 
 
+def transformerpp(**changes: Any) -> HybridConfig:
+    """As the Mamba papers' baseline has it: attention and a gated MLP in each block."""
+    parts = {"attn_layer_idx": [0, 1], "attn_cfg": ATTENTION, "d_intermediate": 24}
+    return HybridConfig(**SIZES | parts | changes)
+
+
 STOCK = {
     "mamba": Family(MambaForCausalLM, transformers.MambaForCausalLM, mamba),
     "falcon_mamba": Family(FalconMambaForCausalLM, transformers.FalconMambaForCausalLM, falcon_mamba),
@@ -99,10 +105,13 @@ STOCK = {
 }
 FAMILIES = STOCK | {"hybrid": Family(MambaHybridForCausalLM, None, hybrid)}
 
+# What differs from the hybrid in its layers alone, for what treats layers by their kind.
+WITH_TRANSFORMERPP = FAMILIES | {"transformerpp": Family(MambaHybridForCausalLM, None, transformerpp)}
+
 
 def lively(family: str, **changes: Any) -> MambalmForCausalLM:
     """A model whose greedy text is not one token repeated."""
-    model = FAMILIES[family].model(**changes)
+    model = WITH_TRANSFORMERPP[family].model(**changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and not name.endswith("A_log"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mambalm.generation.reading import read
+from mambalm.generation.reading import no_numbers, read
 
 if TYPE_CHECKING:
     from mambalm.generation.engine import Engine
@@ -55,7 +55,7 @@ def beam_search(
         chunk_size: see `read`.
 
     Raises:
-        ValueError: fewer than 2 beams or 1 token, or see `read`.
+        ValueError: fewer than 2 beams or 1 token, logits that become NaN or infinite, or see `read`.
     """
     if beams < 2 or max_new_tokens < 1:
         raise ValueError(f"{beams} beams of {max_new_tokens} tokens: give at least 2 beams and 1 token")
@@ -71,6 +71,8 @@ def beam_search(
     for length in range(1, max_new_tokens + 1):
         total = scores[:, None] + logits.float().log_softmax(-1)
         best = total.flatten().topk(min(candidates, total.numel()))
+        if not bool(best.values[0].isfinite()):
+            raise no_numbers(f"after {length - 1} tokens", logits.dtype)
         parents, tokens = best.indices // total.shape[1], best.indices % total.shape[1]
         found = [
             (score, parent, (*running[parent], token))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ class ChunkGraphs:
     def __init__(self, model: MambalmForCausalLM, pool: Any) -> None:
         """Capture into the memory of a pool, whose graphs never run at once."""
         self._model, self._pool, self._backend = model, pool, backends.requested(None)
+        self._lock = threading.Lock()
         self._seen: set[torch.Size] = set()
         self._graphs: OrderedDict[torch.Size, _Chunk] = OrderedDict()
 
@@ -41,15 +43,17 @@ class ChunkGraphs:
         if not is_recurrent(self._model.config) or backends.requested(None) != self._backend:
             return None
         shape = ids.shape
-        if shape not in self._graphs:
-            if shape not in self._seen:
-                self._seen.add(shape)
-                return None
-            if len(self._graphs) == _MOST_GRAPHS:
-                self._graphs.popitem(last=False)
-            self._graphs[shape] = _Chunk(self._model, ids, self._pool)
-        self._graphs.move_to_end(shape)
-        return self._graphs[shape](ids, state)
+        # A graph's memory is one thread's at a time.
+        with self._lock:
+            if shape not in self._graphs:
+                if shape not in self._seen:
+                    self._seen.add(shape)
+                    return None
+                if len(self._graphs) == _MOST_GRAPHS:
+                    self._graphs.popitem(last=False)
+                self._graphs[shape] = _Chunk(self._model, ids, self._pool)
+            self._graphs.move_to_end(shape)
+            return self._graphs[shape](ids, state)
 
 
 class _Chunk:
@@ -65,7 +69,8 @@ class _Chunk:
         with torch.cuda.device(ids.device), torch.cuda.stream(stream), torch.no_grad():
             # Libraries make their workspaces for the stream now: a capture could not contain that.
             self._once()
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+            # What other threads do meanwhile is no part of it, and no mistake.
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._logits, self._after = self._once()
         current.wait_stream(stream)
 

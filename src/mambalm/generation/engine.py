@@ -6,31 +6,27 @@ device is at the next. Rows leave where they stop, and the rest moves to a small
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+import secrets
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambalm.generation import cpu_step, gpu_step
 from mambalm.generation.chunk_graphs import ChunkGraphs
-from mambalm.generation.owned_state import longest, room_for
-from mambalm.generation.reading import read, step
-from mambalm.generation.sampling import Choice, Chooser, Plan, Sampling
-from mambalm.generation.steps import Captured, EagerReader, Reader, not_captured
+from mambalm.generation.owned_state import longest
+from mambalm.generation.reading import no_numbers, read, step
+from mambalm.generation.sampling import NO_TOKEN, Choice, Chooser, Sampling
+from mambalm.generation.steps import EagerReader, Graphs, Reader, not_captured
 from mambalm.layers.state import State
-from mambalm.models.cache import is_recurrent
 
 if TYPE_CHECKING:
-    from mambalm.generation.gpu_step import Weights
     from mambalm.models.common import MambalmForCausalLM
 
 __all__ = ["Engine", "Settings", "Token", "decode", "end_tokens", "read", "step"]
-
-# Batches are filled up to one of these sizes, so that there are few graphs, or to a multiple of the last.
-_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +72,8 @@ class Settings:
             if len(self.seed) != rows:
                 raise ValueError(f"there are {len(self.seed)} seeds for {rows} rows: give one each, or one number")
             return list(self.seed)
-        first = torch.seed() if self.seed is None else self.seed
+        # torch.seed() would begin the caller's own random numbers anew.
+        first = secrets.randbits(62) if self.seed is None else self.seed
         return [first + row for row in range(rows)]
 
 
@@ -113,6 +110,7 @@ class Engine:
 
     Attributes:
         model: the model.
+        graphs: those of the steps; None where nothing is captured.
         chunks: the graphs that read short prompts; None where nothing is captured.
     """
 
@@ -120,10 +118,9 @@ class Engine:
         self.model = model
         self._eager_because = not_captured(model)
         self._generic_because = self._eager_because or gpu_step.refusal(model)
-        self._blocks: list[tuple[Weights, ...]] | None = None
-        self._idle: dict[tuple[int, int, Plan | None], list[Captured]] = defaultdict(list)
-        self._pool = torch.cuda.graph_pool_handle() if self._eager_because is None else None
-        self.chunks = None if self._pool is None else ChunkGraphs(model, self._pool)
+        captures = self._eager_because is None
+        self.graphs = Graphs(model, fused=self._generic_because is None) if captures else None
+        self.chunks = None if self.graphs is None else ChunkGraphs(model, self.graphs.pool)
 
     def explain(self) -> str:
         """How the steps run, and why not faster."""
@@ -154,8 +151,14 @@ class Engine:
             state: what each prompt's row has read before; None: nothing.
 
         Raises:
-            ValueError: see `read`.
+            ValueError: see `read`; logits become NaN or infinite; a repetition penalty behind a state, which does not
+                tell what it has read.
         """
+        if state is not None and settings.sampling.repetition_penalty != 1 and bool(state.position.any()):
+            raise ValueError(
+                "repetition_penalty asks for all that was read, which a State does not tell: use a Session, which "
+                "counts, or give `chooser` what was seen, and go_on"
+            )
         logits, state = read(self.model, prompts, state, chunk_size=settings.chunk_size, graphs=self.chunks)
         copied = torch.arange(len(prompts), device=logits.device).repeat_interleave(settings.copies)
         if settings.copies > 1:
@@ -185,13 +188,18 @@ class Engine:
         is_finished: Callable[[int], bool] = lambda row: False,
     ) -> Iterator[Token]:
         """Yield tokens from the logits (b, v) and the state on; see `generate`."""
-        kind = _EagerRun if self._eager_because is not None else _CapturedRun
-        run = kind(self, logits, state, chooser)
+        run: _EagerRun | _CapturedRun
+        if self.graphs is None:
+            run = _EagerRun(self.model, logits, state, chooser)
+        else:
+            run = _CapturedRun(self.graphs, logits, state, chooser)
         try:
             for remaining in reversed(range(settings.max_new_tokens)):
                 rows, choice = run.next(is_last=not remaining)
                 alive = []
                 for token in _tokens(rows, choice):
+                    if token.id == NO_TOKEN:
+                        raise no_numbers(f"of row {token.row + 1}", self.model.dtype)
                     yield token
                     if token.id not in settings.end_tokens and not is_finished(token.row):
                         alive.append(token.row)
@@ -205,28 +213,7 @@ class Engine:
         """What reads one token per row on from a state, which stays as it is."""
         if state.batch_size <= cpu_step.MOST_ROWS and cpu_step.refusal(self.model) is None:
             return cpu_step.CPUStep(self.model, state)
-        return EagerReader(self.model, state) if self._eager_because is not None else _CapturedReader(self, state)
-
-    def take(self, rows: int, plan: Plan | None, tokens: int = 0) -> Captured:
-        """A graph for that many rows that is not in use; `give_back` it.
-
-        Args:
-            rows: at least one.
-            plan: how tokens are chosen; None: not at all.
-            tokens: that attention layers hold at its begin, for the row that has read most.
-        """
-        size = next((size for size in _SIZES if size >= rows), -(-rows // _SIZES[-1]) * _SIZES[-1])
-        room = 0 if is_recurrent(self.model.config) else room_for(size, tokens)
-        if idle := self._idle[size, room, plan]:
-            return idle.pop()
-        if self._blocks is None and self._generic_because is None:
-            blocks: Any = self.model.backbone.layers
-            self._blocks = [gpu_step.weights(block) for block in blocks]
-        return Captured(self.model, size, room, plan, self._blocks, self._pool)
-
-    def give_back(self, captured: Captured, plan: Plan | None) -> None:
-        """Let others use a graph again."""
-        self._idle[captured.size, captured.owned.room, plan].append(captured)
+        return EagerReader(self.model, state) if self.graphs is None else _CapturedReader(self.graphs, state)
 
 
 def decode(
@@ -253,8 +240,8 @@ def _tokens(rows: Sequence[int], choice: Choice) -> Iterator[Token]:
 class _EagerRun:
     """A batch on its way, step by step."""
 
-    def __init__(self, engine: Engine, logits: Tensor, state: State, chooser: Chooser) -> None:
-        self._model, self._logits, self._state, self._chooser = engine.model, logits, state, chooser
+    def __init__(self, model: MambalmForCausalLM, logits: Tensor, state: State, chooser: Chooser) -> None:
+        self._model, self._logits, self._state, self._chooser = model, logits, state, chooser
         self._rows = list(range(len(logits)))
         self._tokens: Tensor | None = None
         self._few: cpu_step.CPUStep | None = None
@@ -301,13 +288,13 @@ class _Arrival(NamedTuple):
 class _CapturedRun:
     """A batch on its way through graphs, one step ahead of the host."""
 
-    def __init__(self, engine: Engine, logits: Tensor, state: State, chooser: Chooser) -> None:
-        self._engine, self._plan = engine, chooser.plan
+    def __init__(self, graphs: Graphs, logits: Tensor, state: State, chooser: Chooser) -> None:
+        self._graphs, self._plan = graphs, chooser.plan
         self._rows = list(range(len(logits)))
         self._slots = list(range(len(logits)))
         self._arrivals: deque[_Arrival] = deque()
         choice = chooser(logits)
-        self._captured = engine.take(len(logits), self._plan, longest(state))
+        self._captured = graphs.take(len(logits), self._plan, longest(state))
         self._captured.load(choice.tokens, state, chooser)
         self._send(choice)
 
@@ -344,15 +331,15 @@ class _CapturedRun:
         before = self._captured
         if len(self._rows) > before.size // 2 and not before.owned.is_full:
             return
-        after = self._engine.take(len(self._rows), self._plan, before.owned.longest)
+        after = self._graphs.take(len(self._rows), self._plan, before.owned.longest)
         slots = torch.tensor(self._slots, device=before.tokens.device)
         after.load(before.tokens[slots], before.state(slots), before.chooser(slots))
-        self._engine.give_back(before, self._plan)
+        self._graphs.give_back(before, self._plan)
         self._captured, self._slots = after, list(range(len(self._rows)))
 
     def close(self) -> None:
         """Let others use the graph."""
-        self._engine.give_back(self._captured, self._plan)
+        self._graphs.give_back(self._captured, self._plan)
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -363,18 +350,18 @@ def _pinned(tensor: Tensor) -> Tensor:
 class _CapturedReader:
     """Reads tokens by a graph; see `Reader`."""
 
-    def __init__(self, engine: Engine, state: State) -> None:
+    def __init__(self, graphs: Graphs, state: State) -> None:
         self._rows = state.batch_size
-        self._engine, self._captured = engine, engine.take(self._rows, None, longest(state))
+        self._graphs, self._captured = graphs, graphs.take(self._rows, None, longest(state))
         self._captured.load(None, state, None)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """See `Reader`."""
         if self._captured.owned.is_full:
             before = self._captured
-            self._captured = self._engine.take(self._rows, None, before.owned.longest)
+            self._captured = self._graphs.take(self._rows, None, before.owned.longest)
             self._captured.load(None, before.state(torch.arange(self._rows, device=before.tokens.device)), None)
-            self._engine.give_back(before, None)
+            self._graphs.give_back(before, None)
         self._captured.tokens[: self._rows].copy_(tokens)
         self._captured.replay()
         return self._captured.logits[: self._rows]
@@ -390,4 +377,4 @@ class _CapturedReader:
     def __del__(self) -> None:
         # The reader may have failed before it had a graph.
         if hasattr(self, "_captured"):
-            self._engine.give_back(self._captured, None)
+            self._graphs.give_back(self._captured, None)

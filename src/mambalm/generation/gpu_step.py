@@ -110,6 +110,21 @@ def weights(block: Any) -> tuple[Weights, ...]:
     return first, MLPWeights(norm.weight, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
+def version(block: Any) -> tuple[object, ...]:
+    """What changes when a parameter is changed in place that `weights` computes something from."""
+    parameters = (getattr(block.mixer, name, None) for name in ("A_log", "D", "dt_bias"))
+    # Those of inference mode are not counted: they may always have changed.
+    return tuple(object() if p.is_inference() else p._version for p in parameters if isinstance(p, Tensor))
+
+
+def renew(block: Any, parts: tuple[Weights, ...]) -> None:
+    """Compute again, where it is, what `weights` computed from the block's parameters."""
+    for part, now in zip(parts, weights(block), strict=True):
+        for name, value in vars(now).items():
+            if isinstance(value, Tensor) and value.data_ptr() != (own := getattr(part, name)).data_ptr():
+                own.copy_(value)
+
+
 def _common(block: Any) -> dict[str, Any]:
     mixer = block.mixer
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,6 @@ from mambalm.generation.snapshot import Snapshot, chain
 from mambalm.generation.state_file import StateFileError
 
 _SUFFIX = ".state"
-# A temporary file that old was left by a process that was killed.
-_STALE_SECONDS = 3600.0
 
 
 @dataclass
@@ -33,7 +32,8 @@ class Counts:
         hits: those of them that were read on from a stored state: found, whole and used.
         asked: tokens of all prompts looked up.
         found: those of them that did not have to be read.
-        stored, evicted, damaged: entries written, removed for the bound, removed because they could not be read.
+        stored, evicted, damaged: entries written, removed for the bound, and those that could not be read, which are
+            removed where the folder can be written to.
     """
 
     lookups: int = 0
@@ -113,8 +113,8 @@ class PrefixStore:
         """Keep the session's state, or count it as used if it is there; return whether it fits into the bound."""
         folder, temporaries = self._entries(session), self._folder / "incomplete"
         path = folder / (session.snapshot.digest.hex() + _SUFFIX)
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(path)
+        if path.exists():
+            _used(path)
             return True
         for directory in (folder, temporaries):
             directory.mkdir(parents=True, exist_ok=True)
@@ -138,13 +138,14 @@ class PrefixStore:
             snapshot, _ = state_file.load(path, session.model, session.fingerprint)
             if snapshot.digest != digest:
                 raise StateFileError(f"{path} holds other tokens than its name says")
-            os.utime(path)
         except FileNotFoundError:
             return None
         except StateFileError:
-            path.unlink(missing_ok=True)
             self.counts.damaged += 1
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             return None
+        _used(path)
         return snapshot
 
     def _evict(self) -> None:
@@ -156,9 +157,13 @@ class PrefixStore:
                 status = path.stat()
                 files.append((status.st_mtime_ns, status.st_size, path))
         entries = [file for file in files if file[2].parent.name != "incomplete"]
-        stale = time.time_ns() - int(_STALE_SECONDS * 1e9)
+        stale = time.time_ns() - int(state_file.STALE_SECONDS * 1e9)
         for used, _, path in files:
-            if path.parent.name == "incomplete" and used < stale:
+            if path.parent.name != "incomplete" or used >= stale:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)
         excess = sum(size for _, size, _ in entries) - self._max_bytes
         for _, size, path in sorted(entries):
@@ -167,3 +172,9 @@ class PrefixStore:
             path.unlink(missing_ok=True)
             excess -= size
             self.counts.evicted += 1
+
+
+def _used(path: Path) -> None:
+    """Note that an entry was used; it may have been removed, or the folder be one that can only be read."""
+    with contextlib.suppress(OSError):
+        os.utime(path)

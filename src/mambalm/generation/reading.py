@@ -61,7 +61,7 @@ def read(
 
     Raises:
         ValueError, TypeError: a prompt is empty or no tensor (l), or a token id is outside of the model's vocabulary.
-        ValueError: logits are NaN.
+        ValueError: logits are NaN or infinite.
     """
     _check_prompts(model, prompts)
     chunk_size = chosen_chunk_size(model) if chunk_size is None else chunk_size
@@ -140,14 +140,18 @@ def _check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None
 
 
 def _check_logits(logits: Tensor) -> None:
-    """Refuse what no token can be chosen from, and no state be kept of."""
-    rows = logits.isnan().any(1).nonzero()[:, 0].tolist()
+    """Refuse what no token can be chosen from, and no state be kept of; single tokens may be forbidden (-inf)."""
+    rows = (~(logits < torch.inf).all(1)).nonzero()[:, 0].tolist()
     if rows:
-        dtype = str(logits.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"the logits after prompt {rows[0] + 1} are NaN: the weights or the state hold NaN, or a number was too "
-            f"large for {dtype}; load the model in float32, or for float16 in bfloat16"
-        )
+        raise no_numbers(f"after prompt {rows[0] + 1}", logits.dtype)
+
+
+def no_numbers(where: str, dtype: torch.dtype) -> ValueError:
+    """What to say of logits that are NaN or infinite."""
+    return ValueError(
+        f"the logits {where} are NaN or infinite: the weights or the state hold NaN, or a number was too large for "
+        f"{str(dtype).removeprefix('torch.')}; load the model in float32, or for float16 in bfloat16"
+    )
 
 
 def _pad_left(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,13 @@ import torch
 from torch import Tensor
 
 _MASK32 = 2**32 - 1
+# Colder than the first, logits would overflow when divided, and nothing else would change; penalties beyond the second
+# would leave float32.
+_COLDEST, _LIMIT = 1e-30, 1e20
+# More than any vocabulary has, and exact in float32.
+_LARGEST_K = 2**24
+# In place of a token where the logits allow none.
+NO_TOKEN = -1
 # Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators": SplitMix64 and its variant 13 finalizer.
 _GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -48,11 +55,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         ranges = {
-            "temperature": (self.temperature >= 0, "at least 0"),
+            "temperature": (0 <= self.temperature <= _LIMIT, f"at least 0 and at most {_LIMIT:g}"),
             "top_k": (self.top_k >= 0, "at least 0 (0: all tokens)"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "repetition_penalty": (
+                1 / _LIMIT <= self.repetition_penalty <= _LIMIT,
+                f"above 0, from {1 / _LIMIT:g} to {_LIMIT:g}",
+            ),
+            "presence_penalty": (abs(self.presence_penalty) <= _LIMIT, f"of at most {_LIMIT:g} either way"),
+            "frequency_penalty": (abs(self.frequency_penalty) <= _LIMIT, f"of at most {_LIMIT:g} either way"),
         }
         for name, (valid, wanted) in ranges.items():
             if not valid:
@@ -131,7 +143,7 @@ class Choice(NamedTuple):
     """What was chosen.
 
     Attributes:
-        tokens: int64 (b).
+        tokens: int64 (b); `NO_TOKEN` where a row's logits are NaN or infinite, or all -inf.
         logprobs: float32 (b, 1 + n), of the token and of the n likeliest, by the model's own logits; None unless asked.
         likeliest: int64 (b, n).
     """
@@ -185,7 +197,7 @@ class Chooser:
         plan = Plan.of(rows, logprobs)
         if plan.penalizes and seen is None:
             raise ValueError("penalties need what each row has read: give `seen`")
-        parameters = torch.tensor([dataclasses.astuple(row) for row in rows], device=device)
+        parameters = torch.tensor([_parameters(row) for row in rows], device=device)
         steps = torch.zeros(len(rows), dtype=torch.int64, device=device)
         seen = seen.to(device, copy=True) if plan.penalizes and seen is not None else None
         written = None if seen is None else torch.zeros(seen.shape, dtype=torch.int32, device=device)
@@ -195,15 +207,17 @@ class Chooser:
         """Choose by logits (b, v) of any floating dtype, and count what was chosen."""
         raw, plan = logits.float(), self.plan
         tokens = self._choose(raw)
+        # NaN and infinity are the largest to argmax, so that the chosen one tells of the whole row.
+        told = torch.where(raw.gather(1, tokens[:, None])[:, 0].abs() < torch.inf, tokens, NO_TOKEN)
         if self.seen is not None and self.written is not None:
             self.seen.scatter_(1, tokens[:, None], True)
             self.written.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
         self.steps += 1
         if plan.logprobs is None:
-            return Choice(tokens)
+            return Choice(told)
         logprobs = raw.log_softmax(-1)
         best = logprobs.topk(plan.logprobs)
-        return Choice(tokens, torch.cat([logprobs.gather(1, tokens[:, None]), best.values], 1), best.indices)
+        return Choice(told, torch.cat([logprobs.gather(1, tokens[:, None]), best.values], 1), best.indices)
 
     def _choose(self, logits: Tensor) -> Tensor:
         temperature, top_k, top_p, min_p, repetition, presence, frequency = self.parameters[:, :, None].unbind(1)
@@ -229,6 +243,12 @@ class Chooser:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """All that differs between choosers of one plan; the batch is the first axis."""
         return self.parameters, self.keys, self.steps, self.seen, self.written
+
+
+def _parameters(row: Sampling) -> tuple[float, ...]:
+    """The fields as float32 can hold them, for the same choices."""
+    temperature = max(row.temperature, _COLDEST) if row.temperature else 0.0
+    return dataclasses.astuple(dataclasses.replace(row, temperature=temperature, top_k=min(row.top_k, _LARGEST_K)))
 
 
 @dataclass(frozen=True)

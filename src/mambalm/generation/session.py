@@ -16,8 +16,8 @@ import torch
 from mambalm.generation import state_file
 from mambalm.generation.engine import Engine, Settings, read
 from mambalm.generation.fingerprint import Fingerprint
-from mambalm.generation.reading import chosen_chunk_size
-from mambalm.generation.sampling import Chooser
+from mambalm.generation.reading import chosen_chunk_size, no_numbers
+from mambalm.generation.sampling import NO_TOKEN, Chooser
 from mambalm.generation.snapshot import Snapshot
 from mambalm.generation.text import TextStream
 
@@ -151,7 +151,8 @@ class Session:
         leaves the session behind the last token but one; `written` says what was read.
 
         Raises:
-            ValueError: nothing has been read yet.
+            ValueError: nothing has been read yet; or the logits became NaN or infinite, and the session is where it
+                began to write.
         """
         start, self.written = self.snapshot, []
         if start.logits is None:
@@ -164,6 +165,9 @@ class Session:
         try:
             for _ in range(settings.max_new_tokens):
                 token = chooser(logits).tokens
+                if int(token) == NO_TOKEN:
+                    is_whole = False
+                    raise no_numbers(f"after token {start.position + len(written):,}", self.model.dtype)
                 written.append(int(token))
                 if written[-1] in settings.end_tokens:
                     return
@@ -172,7 +176,8 @@ class Session:
                 logits = reader(token)
                 is_whole = True
         finally:
-            # Ctrl-C within a step leaves the reader's state in pieces: the session then stays where it began to write.
+            # Ctrl-C within a step leaves the reader's state in pieces, and NaN none to keep: the session then stays
+            # where it began to write.
             if is_whole:
                 state = reader.state()
                 self.written = written[: int(state.position) - start.position]

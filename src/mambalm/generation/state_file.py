@@ -5,8 +5,13 @@ docs/sessions.md describes the format.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
+import secrets
+import shutil
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
 
 FORMAT = "mambalm state"
 VERSION = 1
+# A temporary file that old was left by a process that was killed.
+STALE_SECONDS = 3600.0
 
 
 class StateFileError(ValueError):
@@ -33,6 +40,8 @@ class StateFileError(ValueError):
 
 def save(path: Path, snapshot: Snapshot, fingerprint: Fingerprint, notes: Mapping[str, Any] | None = None) -> None:
     """Write a snapshot; a file of that name is replaced when the new one is on the disk, and not before.
+
+    Of several that write one file at once the last wins. A link stays one, and what it points to is replaced.
 
     Args:
         path: the file.
@@ -60,15 +69,20 @@ def save(path: Path, snapshot: Snapshot, fingerprint: Fingerprint, notes: Mappin
         }
     )
     metadata = {"format": FORMAT, "version": str(VERSION), "content": content, "crc32": str(_crc32(content))}
-    temporary = _temporary(path)
+    path = path.resolve()
+    # A folder, since safetensors has a temporary file of its own.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.incomplete")
     try:
-        save_tensors(temporary, tensors, metadata)
-        flush(temporary)
-        os.replace(temporary, path)
+        temporary.mkdir()
+        save_tensors(temporary / path.name, tensors, metadata)
+        flush(temporary / path.name)
+        os.replace(temporary / path.name, path)
         flush(path.parent)
+        _clear(path, STALE_SECONDS)
     except Exception as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({error}); what was there is intact") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load(
@@ -106,11 +120,16 @@ def load(
 def remove(path: Path) -> None:
     """Delete a state file if it is there, and what a `save` left that was killed."""
     path.unlink(missing_ok=True)
-    _temporary(path).unlink(missing_ok=True)
+    _clear(path.resolve(), 0)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.incomplete")
+def _clear(path: Path, seconds: float) -> None:
+    """Delete what saves of a file left that were killed so long ago."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.incomplete"):
+        # Another process may be doing the same.
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime >= seconds:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

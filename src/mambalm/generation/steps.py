@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mambalm.generation import gpu_step
-from mambalm.generation.owned_state import OwnedState
+from mambalm.generation.owned_state import OwnedState, room_for
 from mambalm.generation.reading import step
 from mambalm.generation.sampling import Choice, Chooser, Plan
 from mambalm.layers.attention import Attention
 from mambalm.layers.hooks import hooked
 from mambalm.layers.mamba2 import Mamba2
 from mambalm.layers.state import State
+from mambalm.models.cache import is_recurrent
 from mambalm.ops import backends
 
 if TYPE_CHECKING:
     from mambalm.generation.gpu_step import Weights
     from mambalm.models.common import MambalmForCausalLM
+
+# Batches are filled up to one of these sizes, so that there are few graphs, or to a multiple of the last.
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+# Graphs that are kept for later, each with the states of its rows: every size for two ways of choosing.
+_MOST_IDLE = 2 * len(_SIZES)
 
 
 class Reader(Protocol):
@@ -143,7 +150,8 @@ class Captured:
             # Kernels compile and libraries make their workspaces now: a capture could not contain that.
             for _ in range(2):
                 self._once()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            # What other threads do meanwhile is no part of it, and no mistake.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._once()
         torch.cuda.current_stream(device).wait_stream(stream)
         return graph
@@ -152,7 +160,8 @@ class Captured:
         self._run(self.tokens, self.logits)
         if self._chooser is not None:
             self.choice = self._chooser(self.logits)
-            self.tokens.copy_(self.choice.tokens)
+            # A row without a token reads any, until the host hears of it.
+            torch.clamp(self.choice.tokens, min=0, out=self.tokens)
 
     @torch.no_grad()
     def load(self, tokens: Tensor | None, state: State, chooser: Chooser | None) -> None:
@@ -160,7 +169,7 @@ class Captured:
         rows = state.batch_size
         self.owned.load(state)
         if tokens is not None:
-            self.tokens[:rows].copy_(tokens)
+            self.tokens[:rows].copy_(tokens.clamp(min=0))
         if self._chooser is not None and chooser is not None:
             for own_part, given_part in zip(self._chooser.tensors(), chooser.tensors(), strict=True):
                 if own_part is not None and given_part is not None:
@@ -180,6 +189,62 @@ class Captured:
         """A copy of how these rows choose."""
         assert self._chooser is not None, "captured without a choice"
         return self._chooser.index(rows)
+
+
+class Graphs:
+    """The captured steps of one model, made when they are asked for and kept for later; threads may share them.
+
+    Attributes:
+        pool: of the memory that graphs share, since no two run at once.
+    """
+
+    def __init__(self, model: MambalmForCausalLM, *, fused: bool) -> None:
+        """None yet; `fused` steps take our kernels."""
+        self._model, self._fused = model, fused
+        self._weights: list[tuple[Weights, ...]] | None = None
+        self._versions: list[tuple[object, ...]] = []
+        # By size, room and plan, what was used last behind.
+        self._idle: dict[tuple[int, int, Plan | None], list[Captured]] = {}
+        # Again, since collecting garbage may give a graph back while another is made.
+        self._lock = threading.RLock()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def take(self, rows: int, plan: Plan | None, tokens: int = 0) -> Captured:
+        """A graph for that many rows that is not in use; `give_back` it.
+
+        Args:
+            rows: at least one.
+            plan: how tokens are chosen; None: not at all.
+            tokens: that attention layers hold at its begin, for the row that has read most.
+        """
+        size = next((size for size in _SIZES if size >= rows), -(-rows // _SIZES[-1]) * _SIZES[-1])
+        room = 0 if is_recurrent(self._model.config) else room_for(size, tokens)
+        with self._lock:
+            weights = self._current_weights() if self._fused else None
+            if idle := self._idle.get((size, room, plan)):
+                return idle.pop()
+            return Captured(self._model, size, room, plan, weights, self.pool)
+
+    def give_back(self, captured: Captured, plan: Plan | None) -> None:
+        """Let others use a graph again; of too many, one of the kind that was not used for longest is dropped."""
+        key = captured.size, captured.owned.room, plan
+        with self._lock:
+            self._idle[key] = [*self._idle.pop(key, ()), captured]
+            if sum(map(len, self._idle.values())) > _MOST_IDLE:
+                next(idle for idle in self._idle.values() if idle).pop(0)
+            self._idle = {key: idle for key, idle in self._idle.items() if idle}
+
+    def _current_weights(self) -> list[tuple[Weights, ...]]:
+        """The blocks' weights as the kernels take them; what is computed from parameters follows their changes."""
+        blocks: Any = self._model.backbone.layers
+        versions = list(map(gpu_step.version, blocks))
+        if self._weights is None:
+            self._weights = list(map(gpu_step.weights, blocks))
+        elif versions != self._versions:
+            for block, parts in zip(blocks, self._weights, strict=True):
+                gpu_step.renew(block, parts)
+        self._versions = versions
+        return self._weights
 
 
 def idle_chooser(plan: Plan, size: int, vocabulary: int, device: torch.device) -> Chooser:

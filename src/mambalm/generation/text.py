@@ -6,14 +6,17 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 from mambalm.generation.engine import Settings, decode
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
     from mambalm.models.common import MambalmForCausalLM
+
+# What stands for bytes that are no character, or not yet.
+_INCOMPLETE = "\ufffd"
 
 
 class TextStream:
@@ -22,9 +25,6 @@ class TextStream:
     `push` returns the text that became certain, `flush` what was held back at the end; `stopped` tells that a stop
     string appeared, from which on the text is cut off.
     """
-
-    # Enough of the prompt for a decoder that treats the first token of a text differently (SentencePiece's space).
-    _CONTEXT = 8
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = (), stop: Sequence[str] = ()
@@ -38,10 +38,7 @@ class TextStream:
             raise ValueError("a stop string is empty; leave it out to stop at the end-of-text token only")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} cannot stream; save it as a fast tokenizer (tokenizer.json)")
-        self._backend = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        for token in prompt[-self._CONTEXT :]:
-            self._stream.step(self._backend, token)
+        self._decoder = _Decoder(tokenizer.backend_tokenizer, prompt)
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
@@ -50,7 +47,7 @@ class TextStream:
         """Read one token; return the text that is now certain."""
         if self.stopped:
             return ""
-        self._held += self._stream.step(self._backend, token) or ""
+        self._held += self._decoder.push(token)
         found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
         self.stopped = bool(found)
         return self._release(min(found) if found else len(self._held) - self._undecided())
@@ -67,6 +64,51 @@ class TextStream:
         """Length of the longest end of the held text that begins a stop string."""
         lengths = (n for text in self._stop for n in range(1, len(text)) if self._held.endswith(text[:n]))
         return max(lengths, default=0)
+
+
+class _Decoder:
+    """Whole characters of tokens that come one by one.
+
+    A token's text depends on those before it: of the first of a text SentencePiece strips the space, and bytes make a
+    character together. So the latest tokens are decoded with and without the new ones, and the difference is new.
+    """
+
+    # Enough of the prompt for the first new token not to be the first of a text.
+    _CONTEXT = 8
+    # Tokens without a whole character: of four bytes at most, so that more of them are none.
+    _MOST_HELD = 8
+
+    def __init__(self, backend: Tokenizer, prompt: Sequence[int]) -> None:
+        self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self._special = {token for token, kind in added.items() if kind.special}
+        self._old = [token for token in prompt[-self._CONTEXT :] if self._is_text(token)]
+        self._new: list[int] = []
+        # A prompt may end within a character, whose beginning is then needed once more.
+        before = self._decoded(self._old)
+        self._before, self._is_within = before.rstrip(_INCOMPLETE), before.endswith(_INCOMPLETE)
+
+    def push(self, token: int) -> str:
+        """The text that a token completes."""
+        if not self._is_text(token):
+            return ""
+        self._new.append(token)
+        text = self._decoded(self._old + self._new)
+        if (text.endswith(_INCOMPLETE) or text == self._before) and len(self._new) < self._MOST_HELD:
+            return ""
+        # Bytes that make no character may change how those before them read, which have been given out.
+        said = text.removeprefix(self._before) if text.startswith(self._before) else self._decoded(self._new)
+        self._old, self._new = self._old * self._is_within + self._new, []
+        self._before, self._is_within = self._decoded(self._old), False
+        return said
+
+    def _is_text(self, token: int) -> bool:
+        """Whether a token can have a text: a model's vocabulary may be padded beyond the tokenizer's."""
+        return token not in self._special and self._backend.id_to_token(token) is not None
+
+    def _decoded(self, tokens: list[int]) -> str:
+        text: str = self._backend.decode(tokens)
+        return text
 
 
 def generate(
