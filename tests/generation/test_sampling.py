@@ -53,10 +53,14 @@ def test_top_k(k: int, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("p", "expected"), [(0.01, [1]), (0.49, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
+    ("p", "expected"), [(0.0, [1]), (0.01, [1]), (0.49, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
 )
 def test_top_p(p: float, expected: list[int]) -> None:
     assert kept(keep_likeliest(PROBABILITIES.log(), p=p)) == expected
+
+
+def test_top_p_keeps_no_more_than_reach_it() -> None:
+    assert kept(keep_likeliest(torch.zeros(1, 4), p=0.5)) == [0, 1]
 
 
 @pytest.mark.parametrize(

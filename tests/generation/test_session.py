@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -119,6 +120,32 @@ def test_a_long_text_is_read_in_chunks(mamba: MambalmForCausalLM) -> None:
         session.read(TOKENS[start:stop])
     handle.remove()
     assert lengths == [5, 11, 16, 16, 12]
+
+
+def test_a_text_with_an_unknown_token_is_not_begun(mamba: MambalmForCausalLM) -> None:
+    session = Session(mamba, chunk_size=8)
+    for wrong in (VOCABULARY, -1):
+        with pytest.raises(ValueError, match="but the model's vocabulary has 64"):
+            session.read([*TOKENS[:20], wrong])
+        assert session.position == 0
+    session.read([])
+    assert session.position == 0
+
+
+@pytest.mark.parametrize("given", [np.array, torch.tensor, tuple])
+def test_tokens_of_other_kinds(mamba: MambalmForCausalLM, given: Callable[[list[int]], Sequence[int]]) -> None:
+    session, expected = Session(mamba, chunk_size=8), Session(mamba, chunk_size=8)
+    session.read(given(TOKENS))
+    expected.read(TOKENS)
+    assert_same_bits(session.snapshot, expected.snapshot)
+
+
+def test_the_digest_is_a_fixed_one() -> None:
+    """State files and prefix stores of earlier days are known by it."""
+    assert NOTHING_READ.hex() == "9fe1b27474c90ff4f019af305fdafc12b2bb40241612859c04240b9ea7e7d6b0"
+    assert (
+        advance(NOTHING_READ, [1, 65023, 7]).hex() == "61d1bca2e47954b03ed1ff499ff690dbda9d646bccb6ff569461a8a8899bd839"
+    )
 
 
 def test_the_digest_is_of_the_tokens_alone() -> None:

@@ -63,7 +63,7 @@ def read(
         ValueError, TypeError: a prompt is empty or no tensor (l), or a token id is outside of the model's vocabulary.
         ValueError: logits are NaN or infinite.
     """
-    _check_prompts(model, prompts)
+    check_prompts(model, prompts)
     chunk_size = chosen_chunk_size(model) if chunk_size is None else chunk_size
     state = model.init_state(len(prompts)) if state is None else state
     groups = list(_groups(prompts, chunk_size))
@@ -122,7 +122,8 @@ def step(model: MambalmForCausalLM, tokens: Tensor, state: State) -> tuple[Tenso
     return output.logits[:, -1], output.cache_params
 
 
-def _check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None:
+def check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None:
+    """Refuse what `read` cannot read; see there."""
     if not prompts:
         raise ValueError("there is no prompt")
     vocabulary = model.config.vocab_size

@@ -16,7 +16,7 @@ import torch
 from mambalm.generation import state_file
 from mambalm.generation.engine import Engine, Settings, read
 from mambalm.generation.fingerprint import Fingerprint
-from mambalm.generation.reading import chosen_chunk_size, no_numbers
+from mambalm.generation.reading import check_prompts, chosen_chunk_size, no_numbers
 from mambalm.generation.sampling import NO_TOKEN, Chooser
 from mambalm.generation.snapshot import Snapshot
 from mambalm.generation.text import TextStream
@@ -133,8 +133,11 @@ class Session:
         and so the same rounding, whether it is read from its beginning or from a multiple on.
 
         Raises:
-            ValueError: a token id is outside of the model's vocabulary.
+            ValueError: a token id is outside of the model's vocabulary; then nothing is read.
+            ValueError: logits are NaN or infinite; the session is where they were not.
         """
+        if len(tokens):
+            check_prompts(self.model, [torch.as_tensor(tokens)])
         at, start = 0, self.position
         while at < len(tokens):
             self.ladder.offer(self.snapshot)

@@ -34,7 +34,7 @@ def advance(digest: bytes, tokens: Iterable[int]) -> bytes:
 
 
 def _link(digest: bytes, token: int) -> bytes:
-    return hashlib.sha256(digest + token.to_bytes(8, "little")).digest()
+    return hashlib.sha256(digest + int(token).to_bytes(8, "little")).digest()
 
 
 @dataclass(frozen=True, eq=False)

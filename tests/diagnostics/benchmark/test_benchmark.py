@@ -64,6 +64,10 @@ class FakeSubject(Subject):
     def begin(self, batch: int) -> Run:
         return FakeRun(self)
 
+    def read(self, prompts: Tensor) -> None:
+        self.calls.append(prompts.shape[1])
+        time.sleep(0.01)
+
     def generate(self, prompts: Tensor, settings: Settings, heard: Callable[[list[int]], None]) -> None:
         for position in range(settings.max_new_tokens):
             time.sleep(self.wait(position))
@@ -198,6 +202,16 @@ def test_both_sides_write_the_same(tiny_checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="two new tokens at least"):
         measure_generate(ours, prompts, Settings(max_new_tokens=1))
     assert "forget their state" in measure_memory(theirs, "chunked", limits())["refused"]
+
+
+def test_bare_reading_is_that_of_generate(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the same graphs, where there are some: else the first token would be compared with a slower reading."""
+    ours, read = checkpoint_subject(str(tiny_checkpoint), None, CPU), []
+    graphs = SimpleNamespace(read=lambda ids, state: read.append(ids.tolist()))
+    monkeypatch.setattr(ours.engine, "chunks", graphs)  # type: ignore[attr-defined]
+    prompts = torch.randint(1, 300, (2, 9))
+    measure_generate(ours, prompts, Settings(max_new_tokens=2), repeats=1)
+    assert read == [prompts.tolist()] * 4
 
 
 def test_runs_read_on(tiny_checkpoint: Path) -> None:

@@ -103,6 +103,10 @@ class Subject(ABC):
         """A run that has read nothing."""
 
     @abstractmethod
+    def read(self, prompts: Tensor) -> None:
+        """Read prompts (b, l) as `generate` does, and no more."""
+
+    @abstractmethod
     def generate(self, prompts: Tensor, settings: Settings, heard: Heard) -> None:
         """Continue prompts (b, l) by `max_new_tokens`; `heard` is called with each new token of all rows."""
 
@@ -147,6 +151,10 @@ class MambalmSubject(Subject):
     def begin(self, batch: int) -> Run:
         """See `Subject`."""
         return _MambalmRun(self, batch)
+
+    def read(self, prompts: Tensor) -> None:
+        """See `Subject`."""
+        read(self.model, list(prompts), graphs=self.engine.chunks)
 
     def generate(self, prompts: Tensor, settings: Settings, heard: Heard) -> None:
         """See `Subject`."""
@@ -198,6 +206,10 @@ class TransformersSubject(Subject):
     def begin(self, batch: int) -> Run:
         """See `Subject`."""
         return _TransformersRun(self, batch)
+
+    def read(self, prompts: Tensor) -> None:
+        """See `Subject`."""
+        self.begin(len(prompts))._read(prompts.to(self.device))
 
     def generate(self, prompts: Tensor, settings: Settings, heard: Heard) -> None:
         """By transformers' own `generate`."""
