@@ -76,11 +76,13 @@ def test_rows_that_stop_leave_the_others_as_they_are(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(owned_state, "_ROOM", 8)
     monkeypatch.setattr(owned_state, "_AHEAD", 1)
     model = lively("hybrid")
-    free = rows_of(model, Settings(max_new_tokens=30))
-    lengths, counts = [30, 4, 17], [0] * len(PROMPTS)
+    way = Sampling(temperature=3.0, top_k=20, repetition_penalty=1.5, presence_penalty=0.7, frequency_penalty=0.9)
+    settings = Settings(max_new_tokens=30, sampling=way, seed=3)
+    free = rows_of(model, settings)
+    lengths, counts = [4, 30, 17], [0] * len(PROMPTS)
     found: list[list[int]] = [[] for _ in PROMPTS]
     one = Engine(model)
-    for token in one.generate(PROMPTS, Settings(max_new_tokens=30), lambda row: counts[row] == lengths[row]):
+    for token in one.generate(PROMPTS, settings, lambda row: counts[row] == lengths[row]):
         counts[token.row] += 1
         found[token.row].append(token.id)
     assert found == [row[:length] for row, length in zip(free, lengths, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -184,6 +185,22 @@ def test_a_seed_repeats_and_a_row_is_the_same_alone(tiny_model: PreTrainedModel)
     assert first[:1] == continuations(tiny_model, PROMPTS[:1], settings)
     unseeded = Settings(sampling=Sampling(temperature=2.0), max_new_tokens=10)
     assert continuations(tiny_model, PROMPTS, unseeded) != continuations(tiny_model, PROMPTS, unseeded)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("family", ["mamba", "hybrid"])
+def test_rows_that_go_on_draw_and_are_penalised_as_they_are_alone(family: str, copies: int) -> None:
+    model = lively(family)
+    way = Sampling(temperature=3.0, top_k=20, repetition_penalty=1.5, presence_penalty=0.7, frequency_penalty=0.9)
+    lengths = [2, 9, 5, 9, 3, 9][: 3 * copies]
+    settings = Settings(sampling=way, max_new_tokens=9, seed=5, copies=copies)
+    found: list[list[int]] = [[] for _ in lengths]
+    for token in Engine(model).generate(PROMPTS_48, settings, lambda row: len(found[row]) == lengths[row]):
+        found[token.row].append(token.id)
+    for row, length in enumerate(lengths):
+        alone = replace(settings, seed=5 + row, copies=1)
+        (expected,) = continuations(model, [PROMPTS_48[row // copies]], alone)
+        assert found[row] == expected[:length]
 
 
 def test_copies_are_rows_of_their_own_that_read_the_prompt_once(tiny_model: PreTrainedModel) -> None:
