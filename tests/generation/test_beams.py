@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from mambalm import State
 from mambalm.generation import Engine, beam_search, read
-from tests.models.tiny import FAMILIES, WITH_TRANSFORMERPP, tokens
+from tests.models.tiny import FAMILIES, WITH_TRANSFORMERPP, lively, tokens
 
 PROMPT = tokens(7)
 
@@ -41,6 +44,36 @@ def test_beams_are_those_of_generate(family: str, beams: int, penalty: float, en
     for beam, ids in zip(found, expected.sequences[real].tolist(), strict=True):
         assert list(beam.tokens) == ids[len(PROMPT) : len(PROMPT) + len(beam.tokens)]
         assert beam.is_finished == (beam.tokens[-1] in ends)
+
+
+def test_what_cannot_become_better_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sooner or later than transformers' `early_stopping=False` would be another result, and more steps."""
+    model, steps = lively("mamba"), []
+    reader = Engine.reader
+    ends = tuple(range(0, 48, 2))
+
+    def counted(engine: Engine, state: State) -> Callable[[torch.Tensor], torch.Tensor]:
+        one = reader(engine, state)
+        read = type(one).__call__
+        monkeypatch.setattr(type(one), "__call__", lambda self, ids: (steps.append(1), read(self, ids))[1])
+        return one
+
+    monkeypatch.setattr(Engine, "reader", counted)
+    found = beam_search(Engine(model), PROMPT, 3, max_new_tokens=60, end_tokens=frozenset(ends), length_penalty=0.5)
+    expected = model.generate(
+        PROMPT[None],
+        num_beams=3,
+        num_return_sequences=3,
+        max_new_tokens=60,
+        length_penalty=0.5,
+        eos_token_id=list(ends),
+        pad_token_id=0,
+        do_sample=False,
+    )
+    assert 1 < len(steps) < 59
+    assert len(expected[0]) - len(PROMPT) <= len(steps) + 1
+    for beam, ids in zip(found, expected.tolist(), strict=True):
+        assert list(beam.tokens) == ids[len(PROMPT) : len(PROMPT) + len(beam.tokens)]
 
 
 def test_beams_go_on_behind_a_state() -> None:

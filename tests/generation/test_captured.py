@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mambalm.generation import Engine, Sampling, Settings, engine, owned_state, read, step, steps
+from mambalm.generation import Engine, Sampling, Session, Settings, engine, owned_state, read, step, steps
 from mambalm.generation.owned_state import OwnedState
 from mambalm.models.common import MambalmForCausalLM
 from tests.helpers import FLOAT32, relative_error
@@ -194,3 +194,21 @@ def test_so_many_graphs_are_kept_and_no_more(monkeypatch: pytest.MonkeyPatch) ->
     assert one.graphs is not None
     kept = [(size, plan.logprobs) for size, _, plan in one.graphs._idle if plan is not None]
     assert kept == [(2, None), (1, None), (2, 5)]
+
+
+def test_there_is_no_step_behind_the_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, replays = Engine(lively("mamba2")), []
+    replay = steps.Captured.replay
+    monkeypatch.setattr(steps.Captured, "replay", lambda self: (replays.append(1), replay(self)))
+    assert len(list(one.generate(PROMPTS[:1], Settings(max_new_tokens=5)))) == 5
+    assert len(replays) == 4
+
+
+def test_a_session_keeps_logits_of_its_own() -> None:
+    session = Session(lively("mamba2"))
+    session.read(PROMPTS[2].tolist())
+    list(session.write(Settings(max_new_tokens=3)))
+    assert session.snapshot.logits is not None
+    before = session.snapshot.logits.clone()
+    list(session.fork().write(Settings(max_new_tokens=3)))
+    assert torch.equal(session.snapshot.logits, before)

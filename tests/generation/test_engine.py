@@ -101,6 +101,16 @@ def test_rows_too_long_for_one_batch_are_read_in_turn(tiny_model: PreTrainedMode
     assert relative_error(logits[3], read(tiny_model, prompts[3:])[0][0]) <= FLOAT32
 
 
+def test_rows_read_in_turn_go_on_from_their_own_states(tiny_model: PreTrainedModel, monkeypatch: Any) -> None:
+    monkeypatch.setattr("mambalm.generation.reading._LONGEST", 8)
+    _, state = read(tiny_model, PROMPTS)
+    further = [torch.arange(length) for length in (5, 3, 4)]
+    logits, after = read(tiny_model, further, state, chunk_size=8)
+    assert after.position.tolist() == [8, 4, 13]
+    for row, (before, more) in enumerate(zip(PROMPTS, further, strict=True)):
+        assert relative_error(logits[row], read(tiny_model, [torch.cat([before, more])])[0][0]) <= FLOAT32
+
+
 def test_the_chunk_is_chosen_by_model_and_device(tiny_model: PreTrainedModel) -> None:
     assert chosen_chunk_size(tiny_model) == 2048
     with torch.device("meta"):

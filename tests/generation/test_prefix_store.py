@@ -108,9 +108,18 @@ def test_the_least_recently_used_go(model: MambalmForCausalLM, tmp_path: Path) -
     time.sleep(0.01)
     read(store, model, prompts[3])
     assert store.counts.evicted == 1
+    # What is kept once more is used as well.
+    again = PrefixStore(tmp_path / "store", 3 * size + size // 2)
+    session = Session(model, chunk_size=8)
+    session.read(prompts[2])
+    assert again.put(session)
+    time.sleep(0.01)
+    read(again, model, OTHERS)
+    assert again.counts == Counts(lookups=1, asked=40, stored=1, evicted=1)
+    read(again, model, prompts[3])
     assert sum(path.stat().st_size for path in entries(tmp_path / "store")) <= 3 * size + size // 2
     found = [store.get(Session(model), prompt) is not None for prompt in prompts]
-    assert found == [True, False, True, True]
+    assert found == [False, False, True, True]
     small = PrefixStore(tmp_path / "small", size - 1)
     assert read(small, model, TOKENS)[0] == 0
     assert small.counts.stored == 0

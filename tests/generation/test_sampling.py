@@ -127,6 +127,28 @@ def test_rows_of_one_batch_sample_in_their_own_ways() -> None:
         assert one == chosen[row]
 
 
+def test_chosen_rows_go_on_as_the_same_rows() -> None:
+    """With ways, seeds and counts of their own, and some steps apart."""
+    ways = [
+        Sampling(temperature=2.0),
+        Sampling(temperature=1.0, top_k=5, repetition_penalty=3.0),
+        Sampling(temperature=4.0, frequency_penalty=1.0, min_p=0.1),
+    ]
+    logits = torch.randn(3, 50)
+
+    def of(rows: list[int]) -> Chooser:
+        made = Chooser.of([ways[row] for row in rows], rows, logits[rows] > 1, device=logits.device)
+        made.steps += torch.tensor(rows)
+        return made
+
+    alone, together, rows = [of([row]) for row in range(3)], of([0, 1, 2]), [0, 1, 2]
+    for kept in ([0, 1, 2], [2, 1], [0]):
+        together, rows = together.index(torch.tensor(kept)), [rows[place] for place in kept]
+        for _ in range(4):
+            expected = [int(alone[row](logits[row : row + 1]).tokens) for row in rows]
+            assert together(logits[rows]).tokens.tolist() == expected
+
+
 def test_steps_and_seeds_draw_anew() -> None:
     logits = torch.zeros(1, 1000)
     sampler = chooser(logits, Sampling(temperature=1))

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from mambalm.diagnostics.tiny import VOCABULARY, tiny_models
-from mambalm.generation import Sampling, Settings, state_file
+from mambalm.generation import Engine, Sampling, Settings, state_file
 from mambalm.generation.cpu_step import CPUStep
 from mambalm.generation.fingerprint import Fingerprint
 from mambalm.generation.session import Ladder, Session
@@ -255,9 +255,32 @@ def test_the_ladder_reaches_far_with_few_rungs() -> None:
     assert short.positions[-1] == 39
 
 
+def test_what_was_read_before_a_file_is_no_place_to_go_back_to(saved: Path, mamba: MambalmForCausalLM) -> None:
+    session = Session(mamba, chunk_size=8)
+    session.read(list(reversed(TOKENS)))
+    session.load(saved)
+    assert session.rewind(17) == 0
+
+
+def test_penalties_count_what_a_file_has_read(saved: Path, mamba: MambalmForCausalLM) -> None:
+    way = Sampling(temperature=0.7, repetition_penalty=3.0, presence_penalty=0.2, frequency_penalty=0.3)
+    settings = Settings(sampling=way, max_new_tokens=12, seed=2)
+    session = Session(mamba)
+    session.load(saved)
+    session.read(TOKENS[20:25])
+    expected = [token.id for token in Engine(mamba).generate([torch.tensor(TOKENS[:25])], settings)]
+    assert list(session.write(settings)) == expected
+
+
 def another_weight(model: MambalmForCausalLM) -> None:
     with torch.no_grad():
         model.backbone.layers[1].mixer.out_proj.weight.mul_(1.01)
+
+
+def hardly_another_weight(model: MambalmForCausalLM) -> None:
+    """By less than bfloat16 rounds."""
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.out_proj.weight.mul_(1.0001)
 
 
 def another_epsilon(model: MambalmForCausalLM) -> None:
@@ -268,6 +291,7 @@ def another_epsilon(model: MambalmForCausalLM) -> None:
     ("change", "reason"),
     [
         (another_weight, "the values of backbone.layers.1.mixer.out_proj.weight differ"),
+        (hardly_another_weight, "the values of backbone.layers.1.mixer.out_proj.weight differ: the model was trained"),
         (another_epsilon, "the model's layer_norm_epsilon is 1e-05 there and 0.001 here"),
     ],
 )
@@ -316,6 +340,20 @@ def test_another_dtype_only_on_request(name: str, there: torch.dtype, here: torc
     assert session.snapshot.logits is not None
     assert cast.snapshot.logits is not None
     assert relative_error(cast.snapshot.logits, session.snapshot.logits) < 0.05
+
+
+def test_another_model_of_another_dtype_is_refused(saved: Path) -> None:
+    model = tiny_models()["Mamba"]
+    another_weight(model)
+    with pytest.raises(StateFileError, match=r"differ by more than the rounding of float32 and bfloat16"):
+        Session(nn.Module.to(model, torch.bfloat16)).load(saved, convert=True)
+
+
+def test_another_shape_is_told(mamba: MambalmForCausalLM) -> None:
+    here = Fingerprint.of(mamba)
+    name = "backbone.layers.0.mixer.D"
+    there = replace(here, parameters={**here.parameters, name: ("float32", [1, 64])})
+    assert list(there.differences(here))[:1] == [f"{name} is (1, 64) there and (64,) here"]
 
 
 def test_another_device_only_on_request(mamba: MambalmForCausalLM) -> None:

@@ -105,6 +105,16 @@ def test_a_stop_string_cuts_and_its_beginning_is_held_back(
     assert stream.stopped == (expected != SENTENCE)
 
 
+def test_of_several_stop_strings_the_first_in_the_text_cuts(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Where one token brings both, in whatever order they are named."""
+    token = max(range(1, len(tiny_tokenizer)), key=lambda token: len(tiny_tokenizer.decode([token])))
+    text = tiny_tokenizer.decode([token])
+    for stop in ([text[2], text[-1]], [text[-1], text[2]]):
+        stream = TextStream(tiny_tokenizer, stop=stop)
+        assert stream.push(token) == text[: text.index(text[2])]
+        assert stream.stopped
+
+
 def test_a_stopped_row_computes_no_further(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -106,7 +106,7 @@ def test_a_state_cache_keeps_and_repeats_rows() -> None:
     model(ids, cache_params=cache)
     assert (cache.get_seq_length(), cache.batch_size, cache.has_previous_state()) == (7, 2, True)
     cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([3, 0]))
+    cache.batch_select_indices(torch.tensor([2, 1]))
     step = tokens(2, 1, seed=4)
     expected = model(torch.cat([ids.flip(0), step], 1)).logits[:, -1:]
     assert relative_error(model(step, cache_params=cache).logits, expected) <= FLOAT32

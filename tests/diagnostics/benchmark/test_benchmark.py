@@ -21,9 +21,10 @@ from mambalm.diagnostics.benchmark import (
 )
 from mambalm.diagnostics.benchmark.measuring import GIB, Memory, attempt, environment
 from mambalm.diagnostics.benchmark.memory import Limits
-from mambalm.diagnostics.benchmark.subjects import Run, Subject
+from mambalm.diagnostics.benchmark.subjects import Run, Subject, TransformersSubject
 from mambalm.diagnostics.benchmark.throughput import sample_points
 from mambalm.generation import Sampling, Settings
+from mambalm.models.shapes import random_model
 
 CPU = torch.device("cpu")
 
@@ -204,6 +205,81 @@ def test_both_sides_write_the_same(tiny_checkpoint: Path) -> None:
     assert "forget their state" in measure_memory(theirs, "chunked", limits())["refused"]
 
 
+@pytest.fixture
+def a_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, which goes on where a test says so."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+class Timed(FakeSubject):
+    """Takes 3 s for a first token and 0.5 s for each other, ten times as much the first time; 2 s to read."""
+
+    def __init__(self, now: list[float]) -> None:
+        super().__init__()
+        self.now, self.slow = now, 10.0
+
+    def read(self, prompts: Tensor) -> None:
+        self.now[0] += 2.0
+
+    def generate(self, prompts: Tensor, settings: Settings, heard: Callable[[list[int]], None]) -> None:
+        for position in range(settings.max_new_tokens):
+            self.now[0] += self.slow * (0.5 if position else 3.0)
+            heard([position] * len(prompts))
+        self.slow = 1.0
+
+
+def test_what_a_first_token_and_the_others_take(a_clock: list[float]) -> None:
+    prompts = torch.zeros(4, 10, dtype=torch.long)
+    found = measure_generate(Timed(a_clock), prompts, Settings(max_new_tokens=6), repeats=3)
+    expected = {"prompt_seconds": 3.0, "prompt_over_bare_reading": 1.5, "prompt_tokens_per_second": 40 / 3}
+    expected |= {"decode_ms_per_token": 500.0, "decode_tokens_per_second": 8.0, "generated": 6, "batch": 4}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=0.1)
+    assert found["tokens"] == [list(range(6))] * 4
+
+
+def test_each_blocks_peak_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = [0]
+    monkeypatch.setattr(Memory, "reset", lambda self: peak.__setitem__(0, 1000))
+    monkeypatch.setattr(Memory, "peak", lambda self: peak[0])
+    high = {200: 5000, 1500: 3000, 2090: 2000}
+
+    def wait(position: int) -> float:
+        peak[0] = max(peak[0], high.get(position, 0))
+        return 0.0
+
+    found = measure_throughput(FakeSubject(wait=wait), 2100, steps=1, chunk_size=64)
+    assert [row["peak_bytes"] for row in found["whole"]] == [1000, 5000, 3000, 2000]
+    assert found["peak_grew_by_bytes"] == -3000
+
+
+def test_the_cap_of_a_gpu_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(Memory, "total", 4 * GIB)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
+    with pytest.raises(RuntimeError, match="within"), Memory(torch.device("cuda")).capped(GIB):
+        raise RuntimeError("within")
+    assert told == [0.25, 1.0]
+
+
+def test_transformers_side_samples_as_it_is_told(tiny_checkpoint: Path) -> None:
+    """And ends at no token, as ours does not."""
+    ours = checkpoint_subject(str(tiny_checkpoint), None, CPU)
+    prompts = torch.randint(1, 300, (2, 9))
+    greedy = measure_generate(ours, prompts, Settings(max_new_tokens=6), 1)["tokens"]
+    ours.model.config.eos_token_id = ours.model.generation_config.eos_token_id = greedy[0][1]
+    stock = random_model(ours.model.config, torch.float32, "cpu", transformers=True)
+    stock.load_state_dict(ours.model.state_dict())
+    assert stock.generation_config.eos_token_id == greedy[0][1]
+    theirs = TransformersSubject("stock", stock)
+    for way in (Sampling(), Sampling(repetition_penalty=5.0), Sampling(temperature=0.9, top_k=1)):
+        settings = Settings(sampling=way, max_new_tokens=6, seed=1)
+        found = [measure_generate(one, prompts, settings, 1)["tokens"] for one in (ours, theirs)]
+        assert found[0] == found[1]
+        assert (found[0] == greedy) == (way.repetition_penalty == 1)
+
+
 def test_bare_reading_is_that_of_generate(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the same graphs, where there are some: else the first token would be compared with a slower reading."""
     ours, read = checkpoint_subject(str(tiny_checkpoint), None, CPU), []
@@ -212,6 +288,9 @@ def test_bare_reading_is_that_of_generate(tiny_checkpoint: Path, monkeypatch: py
     prompts = torch.randint(1, 300, (2, 9))
     measure_generate(ours, prompts, Settings(max_new_tokens=2), repeats=1)
     assert read == [prompts.tolist()] * 4
+    # What measures memory captures nothing.
+    ours.begin(1).read(20)
+    assert len(read) == 4
 
 
 def test_runs_read_on(tiny_checkpoint: Path) -> None:
@@ -233,20 +312,13 @@ def test_runs_read_on(tiny_checkpoint: Path) -> None:
         assert parts.position == 25
 
 
-def test_runs_read_as_the_engine_does(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its graphs, so that a first token is not compared with a slower reading."""
-    subject = checkpoint_subject(str(tiny_checkpoint), None, CPU)
-    graphs = SimpleNamespace(asked=0)
-    monkeypatch.setattr(graphs, "read", lambda *_: setattr(graphs, "asked", graphs.asked + 1), raising=False)
-    monkeypatch.setattr(subject, "engine", SimpleNamespace(chunks=graphs))
-    subject.begin(1).read(20)
-    assert graphs.asked == 1
-
-
-def test_restored_states_are_the_same(tiny_checkpoint: Path) -> None:
+def test_restored_states_are_the_same(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = checkpoint_subject(str(tiny_checkpoint), None, CPU)
     found = measure_restore(ours, 30, repeats=2)
     assert found["next_logits_equal"]
     assert found["file_bytes"] > found["state_bytes"] > 0
+    logits = iter(range(9))
+    monkeypatch.setattr("mambalm.diagnostics.benchmark.restore.step", lambda *_: (torch.tensor(next(logits)), None))
+    assert not measure_restore(ours, 30, repeats=1)["next_logits_equal"]
     with pytest.raises(ValueError, match="only its models keep state files"):
         measure_restore(transformer_beside(ours), 30)

@@ -121,9 +121,7 @@ class _MambalmRun(Run):
     def _read(self, ids: Tensor) -> None:
         # Chunks end at multiples of their size, so that nothing is cut off before this one.
         whole = self.position + ids.shape[1]
-        self._logits, self._state = read(
-            self.subject.model, list(ids), self._state, chunk_size=whole, graphs=self._engine.chunks
-        )
+        self._logits, self._state = read(self.subject.model, list(ids), self._state, chunk_size=whole)
 
     def write(self, count: int) -> Iterator[None]:
         assert self._logits is not None, "something was read"
