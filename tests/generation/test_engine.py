@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mambalm.generation import Engine, Sampling, Settings, decode, end_tokens, read, step
+from mambalm.generation import Engine, Sampling, Session, Settings, decode, end_tokens, read, step
 from mambalm.generation.reading import chosen_chunk_size
 from tests.helpers import FLOAT32, relative_error
 from tests.models.tiny import FAMILIES, WITH_TRANSFORMERPP, lively
@@ -321,6 +322,38 @@ def test_a_reader_steps_as_the_model_does(tiny_model: PreTrainedModel) -> None:
     expected, after = step(tiny_model, ids, state)
     assert relative_error(reader(ids), expected) <= FLOAT32
     assert torch.equal(reader.state().position, after.position)
+
+
+@pytest.mark.parametrize("family", ["mamba", "hybrid"])
+def test_nothing_grows_with_the_number_of_generations(family: str) -> None:
+    engine = Engine(FAMILIES[family].model())
+
+    def generate(seed: int) -> None:
+        way = Sampling(temperature=1.0, repetition_penalty=1.1)
+        settings = Settings(sampling=way, seed=seed, max_new_tokens=3, logprobs=seed % 3 or None)
+        prompts = [random_tokens(1 + seed % 5), random_tokens(2 + seed % 3)]
+        list(engine.generate(prompts, settings, lambda row: row == seed % 3))
+        next(engine.generate(prompts, settings))
+        session = Session(engine.model, chunk_size=4)
+        session.read(prompts[0].tolist())
+        list(session.write(settings))
+
+    for seed in range(30):
+        generate(seed)
+    gc.collect()
+    before = len(gc.get_objects())
+    for seed in range(60):
+        generate(seed)
+    gc.collect()
+    # A single object that each of them left would be 60.
+    assert len(gc.get_objects()) - before < 30
+
+
+def test_more_log_probabilities_than_tokens_are_refused(tiny_model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=f"logprobs is 999, of a vocabulary of {tiny_model.config.vocab_size} tokens"):
+        list(Engine(tiny_model).generate(PROMPTS, Settings(logprobs=999)))
+    with pytest.raises(ValueError, match="logprobs is -1; it must be at least 0"):
+        Settings(logprobs=-1)
 
 
 def test_how_it_runs_is_said(tiny_model: PreTrainedModel) -> None:
