@@ -107,3 +107,18 @@ except SystemExit as exit:
 assert "torch" not in sys.modules and "mambalm" not in sys.modules
 """
     assert "generate" in run(script, tmp_path)
+
+
+def test_the_help_of_a_command_needs_no_model(tmp_path: Path) -> None:
+    script = """
+import sys
+from mambalm_cli import main
+for command in ("generate", "read", "chat", "evaluate"):
+    sys.argv = ["mambalm", command, "--help"]
+    try:
+        main()
+    except SystemExit as exit:
+        assert exit.code == 0
+assert "transformers.modeling_utils" not in sys.modules and "numba" not in sys.modules
+"""
+    assert "--temperature" in run(script, tmp_path)

@@ -9,7 +9,6 @@ import torch
 import typer
 
 import mambalm
-from mambalm.models.loading import default_device
 
 if TYPE_CHECKING:
     from mambalm.models.common import MambalmForCausalLM
@@ -75,6 +74,8 @@ def parse_device(name: str | None) -> torch.device:
     Raises:
         ValueError: torch knows no such device, or this machine has none.
     """
+    from mambalm.models.loading import default_device
+
     best = default_device()
     if name is None:
         return best

@@ -18,7 +18,7 @@ _MODULES = {
     "Mamba2Model": "mamba2",
     "MambaForCausalLM": "mamba",
     "MambaModel": "mamba",
-    "HybridConfig": "hybrid",
+    "HybridConfig": "hybrid_config",
     "MambaHybridForCausalLM": "hybrid",
     "MambaHybridModel": "hybrid",
     "attach_adapter": "adapters",

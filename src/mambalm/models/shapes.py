@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mambalm.models.hybrid import HybridConfig
+from mambalm.models.hybrid_config import HybridConfig
 from mambalm.models.registration import LANGUAGE_MODELS
 
 # Width and depth (Gu and Dao 2023, table 12; Dao and Gu 2024, table 9): GPT-3's, with two blocks per layer.

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, Mamba2Config, MambaConfig, PreTrained
 from mambalm.layers import Mamba, Mamba2
 from mambalm.models.formats.checkpoint import EMBEDDINGS, HEAD, Checkpoint, assemble, make_config, require_depth
 from mambalm.models.formats.io import CheckpointError, Source, read_tensors, write_json, write_torch
-from mambalm.models.hybrid import HybridConfig
+from mambalm.models.hybrid_config import HybridConfig
 
 NAME = "mamba_ssm"
 EMBEDDING = "backbone.embedding.weight"

@@ -8,7 +8,7 @@ from transformers import FalconMambaConfig, Mamba2Config, MambaConfig, PreTraine
 
 from mambalm.models.formats.checkpoint import Checkpoint, assemble, make_config, require_depth
 from mambalm.models.formats.io import CheckpointError, Source, read_tensors, write_safetensors
-from mambalm.models.hybrid import HybridConfig
+from mambalm.models.hybrid_config import HybridConfig
 from mambalm.models.writing import initialised
 
 NAME = "transformers"
