@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -111,12 +112,18 @@ def _one_line(message: Warning | str, category: type[Warning], *_: object, **__:
     return f"{category.__name__}: {message}\n"
 
 
+def _let_go() -> None:
+    # Triton's bindings complain at length of what the collector has not seen.
+    if "triton" not in sys.modules:
+        gc.freeze()
+
+
 def main() -> None:
     """Run the command line."""
     # What torch and transformers make when they are imported stays to the end. Looked through for garbage again and
     # again it takes a fifth of the start, and at the end nearly a second for nothing.
     gc.set_threshold(10_000)
-    atexit.register(gc.freeze)
+    atexit.register(_let_go)
     # A user has no use for the line of source that warned.
     warnings.formatwarning = _one_line
     app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 import mambalm
 import mambalm_cli
+from mambalm.data.tokenizer import load_tokenizer
 from mambalm.diagnostics.verify import Check
 from mambalm.models import attach_adapter, load_adapter
 from mambalm.quantization.model import quantize_model
@@ -173,7 +175,40 @@ def test_generate_with_logprobs_writes_a_line_of_json_per_token(tiny_checkpoint:
         assert token["likeliest"][0]["logprob"] == token["logprob"] < 0
         assert len(token["likeliest"]) == 2
     plain = call("generate", tiny_checkpoint, "def sort(", *options).stdout
-    assert plain.startswith("".join(token["text"] for token in tokens))
+    assert plain == "".join(token["text"] for token in tokens) + "\n"
+    # What could have begun a stop string is no stop string at the end.
+    held = tokens[-1]["text"][-1] + "never"
+    lines = call("generate", tiny_checkpoint, "def sort(", "--logprobs", "0", "--stop", held, *options).stdout
+    assert plain == "".join(json.loads(line)["text"] for line in lines.splitlines()) + "\n"
+
+
+def test_generate_reads_on_from_what_the_prefix_store_has(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--max-new-tokens", "6", "--device", "cpu", "--chunk-size", "8", "--prefix-store", tmp_path / "store")
+    prompts = ("the quick brown fox " * 8, "the quick brown fox " * 8 + "sorted", "def quicksort(")
+    plain = call("generate", tiny_checkpoint, *prompts, *options[:-2])
+    tokens = [len(load_tokenizer(str(tiny_checkpoint))(prompt)["input_ids"]) for prompt in prompts]
+    known = [0, tokens[0] // 8 * 8, 0]
+    for repetition in range(2):
+        result = call("generate", tiny_checkpoint, *prompts, *options)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == plain.stdout
+        found = tokens if repetition else known
+        hits = sum(count > 0 for count in found)
+        told = f"prefix store: {sum(found)} of {sum(tokens)} tokens were known, in {hits} of 3 prompts; "
+        assert told in result.stderr
+        assert ("; 0 states added, 0 removed" in result.stderr) == bool(repetition)
+
+
+def test_generate_keeps_what_was_written_before_ctrl_c(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Iterator[tuple[int, str]]:
+        yield 0, "some"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mambalm.cli.generate.generate_text", interrupted)
+    for prompts, written in ((["fox"], "some\n"), (["fox", "def"], "--- 1\nsome\n--- 2\n\n")):
+        result = call("generate", tiny_checkpoint, *prompts, "--device", "cpu")
+        assert result.exit_code == 130
+        assert result.stdout == written
 
 
 @pytest.mark.parametrize(
@@ -181,7 +216,11 @@ def test_generate_with_logprobs_writes_a_line_of_json_per_token(tiny_checkpoint:
     [
         (("--beams", "2", "--temperature", "1"), "--beams goes with none of"),
         (("--beams", "2", "--copies", "3"), "--copies asks for 3"),
-        (("--logprobs", "1", "--state", "x"), "--logprobs does not go with --state"),
+        (("--logprobs", "1", "--state", "x"), "--logprobs goes neither with --state nor"),
+        (("--logprobs", "1", "--prefix-store", "x"), "nor with --prefix-store"),
+        (("--beams", "2", "--prefix-store", "x"), "--state, --prefix-store: leave it out"),
+        (("--prefix-store", __file__), "is a file: name a folder"),
+        (("--prefix-store", "x", "--prefix-store-gib", "0"), "must hold at least one state"),
     ],
 )
 def test_generate_refuses_options_that_do_not_go_together(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import mambalm_cli
+from mambalm.cli.read import Reading
 from mambalm.generation import Settings
 from mambalm.generation.session import Session
 
@@ -140,26 +144,73 @@ def test_killed_and_resumed(tiny_checkpoint: Path, book: Path, killed: Path, exp
     assert contents(killed) == expected
 
 
-@pytest.mark.parametrize(("seconds", "left"), [("0", "goes on from the last checkpoint"), ("99", "begins anew: no ch")])
-def test_interrupted(
-    seconds: str, left: str, tiny_checkpoint: Path, book: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("seconds", ["0", "99"])
+def test_interrupted_it_keeps_what_was_read(
+    seconds: str, number: int, code: int, tiny_checkpoint: Path, book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, calls = Session.read, []
+    read, calls, output = Session.read, list[int](), book.with_name("book.state")
 
     def interrupted(session: Session, tokens: list[int]) -> None:
         calls.append(len(tokens))
-        if len(calls) > 3:
-            raise KeyboardInterrupt
+        if len(calls) == 3:
+            signal.raise_signal(number)
         read(session, tokens)
 
+    command = ("read", tiny_checkpoint, book, "-o", output, "--checkpoint-seconds", seconds, *QUICK)
     monkeypatch.setattr(Session, "read", interrupted)
-    result = call(
-        "read", tiny_checkpoint, book, "-o", book.with_name("a.state"), "--checkpoint-seconds", seconds, *QUICK
-    )
+    result = call(*command)
+    assert result.exit_code == code
+    assert f"Interrupted; the same command goes on from token {sum(calls[:2]):,}." in result.stderr
+    assert not output.exists()
+    monkeypatch.setattr(Session, "read", read)
+    result = call(*command)
+    assert f"Resuming at token {sum(calls[:2]):,}." in result.stderr
+    whole = book.with_name("whole.state")
+    assert call("read", tiny_checkpoint, book, "-o", whole, *QUICK).exit_code == 0
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_interrupted_at_once_it_begins_anew(tiny_checkpoint: Path, book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "read", lambda session, tokens: signal.raise_signal(signal.SIGINT))
+    result = call("read", tiny_checkpoint, book, "-o", book.with_name("a.state"), *QUICK)
     assert result.exit_code == 130
-    assert f"Interrupted; the same command {left}" in result.stderr
-    assert book.with_name("a.state.partial").exists() == (seconds == "0")
-    assert not book.with_name("a.state").exists()
+    assert "Interrupted; the same command begins anew" in result.stderr
+    assert sorted(book.parent.iterdir()) == [book]
+
+
+def test_what_ends_a_text_is_read_once_though_interrupted_there(
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    book: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tokenizer that puts a token behind a text, and a run that ends between the text's end and the state file."""
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    tiny_model.save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(tmp_path / "model")
+
+    def interrupted(reading: Reading) -> None:
+        raise KeyboardInterrupt
+
+    command = ("read", tmp_path / "model", book, "-o", tmp_path / "a.state", "--checkpoint-seconds", "0", *QUICK)
+    with monkeypatch.context() as patched:
+        patched.setattr(Reading, "finish", interrupted)
+        assert call(*command).exit_code == 130
+    assert call(*command).exit_code == 0
+    counts = load_file(tmp_path / "a.state")["counts"]
+    assert counts.sum() == len(tiny_tokenizer(TEXT)["input_ids"]) + 1
+    assert counts[0] == 1
+
+
+def test_progress_tells_speed_and_the_time_left(
+    tiny_checkpoint: Path, book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mambalm.training.progress._LINE_EVERY", 0.0)
+    result = call("read", tiny_checkpoint, book, "-o", book.with_name("a.state"), *QUICK)
+    assert re.search(r"Reading \d+% · [\d,]+ tokens, [\d,]+ tokens/s, \d+:\d\d left", result.stderr)
 
 
 def test_generate_behind_a_state(

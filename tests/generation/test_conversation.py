@@ -23,7 +23,10 @@ PLAIN = (
 )
 # Strips answers, and rewrites all but the last: what was read before changes.
 CHANGING = PLAIN.replace("{{ m.content }}", "{{ (m.content if loop.last else m.content | upper) | trim }}")
-REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PLAIN
+REFUSING = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% if messages[-1].content == 'fox' %}{{ raise_exception('no fox') }}{% endif %}" + PLAIN
+)
 
 
 @pytest.fixture(params=["fallback", PLAIN, CHANGING], ids=["fallback", "plain", "changing"])
@@ -190,10 +193,18 @@ def test_a_question_that_cannot_be_read_changes_nothing(
 def test_what_the_template_refuses_is_told(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    conversation = Conversation(Session(tiny_model, with_template(tiny_tokenizer, REFUSING)), "be brief")
-    with pytest.raises(ValueError, match="the model's chat template refuses these messages: no system role"):
+    session = Session(tiny_model, with_template(tiny_tokenizer, REFUSING))
+    refusal = "the model's chat template refuses these messages: no "
+    with pytest.raises(ValueError, match=refusal + "system role"):
+        Conversation(session, "be brief")
+    conversation = Conversation(session)
+    with pytest.raises(ValueError, match=refusal + "fox"):
         conversation.ask("fox")
-    assert len(conversation.messages) == 1
+    assert not conversation.messages
+    conversation.ask("hound")
+    with pytest.raises(ValueError, match=refusal + "system role"):
+        conversation.restart("be brief")
+    assert conversation.undo() == "hound"
     with pytest.raises(ValueError, match="nothing to undo"):
         conversation.undo()
     with pytest.raises(ValueError, match="nothing to answer"):

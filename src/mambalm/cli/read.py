@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn
 
 import typer
 from rich.console import Console
 
-from mambalm.cli.options import Adapter, Device, Dtype, Quantization, load_model, require_writable
+from mambalm.cli.options import (
+    INTERRUPTED,
+    Adapter,
+    ConvertState,
+    Device,
+    Dtype,
+    Model,
+    Quantization,
+    Tokenizer,
+    load_model,
+    require_state,
+    require_writable,
+)
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.generation import state_file
 from mambalm.generation.session import Session
+from mambalm.generation.snapshot import Snapshot
 from mambalm.generation.token_stream import Mark, TokenStream
-from mambalm.training.progress import ProgressBar
+from mambalm.training.progress import ProgressBar, duration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_INTERRUPTED = 130
-
 
 def read(
-    model: Annotated[str, typer.Argument(help="A checkpoint's folder, or the name of a Hugging Face repository.")],
-    text: Annotated[str, typer.Argument(help="A UTF-8 file; - reads standard input.")],
+    model: Model,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="A UTF-8 file; - reads standard input.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The state file to write.")],
     state: Annotated[Path | None, typer.Option(help="Go on from this state file.")] = None,
-    convert_state: Annotated[bool, typer.Option(help="Accept a state of another device or dtype.")] = False,
-    restart: Annotated[bool, typer.Option(help="Forget what a killed run had read.")] = False,
+    convert_state: ConvertState = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what a killed run had read.")] = False,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between two checkpoints.")] = 30.0,
     chunk_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens that are read at once; by default by the model and device.")
@@ -41,7 +54,7 @@ def read(
     device: Device = None,
     quantization: Quantization = None,
     adapter: Adapter = None,
-    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's folder or name; by default MODEL's.")] = None,
+    tokenizer: Tokenizer = None,
 ) -> None:
     """Read a text and write the state after it. The same command resumes a run that was killed."""
     require_writable(output)
@@ -49,6 +62,8 @@ def read(
         raise ValueError(f"{text} does not exist: name a file, or - for standard input")
     if text != "-" and output.exists() and output.samefile(text):
         raise ValueError(f"{output} is the text itself: name another file for the state")
+    if state is not None:
+        require_state(state)
     network = load_model(model, dtype, device, quantization, adapter)
     encoder = load_tokenizer(tokenizer or model)
     session = Session(network, encoder, chunk_size=chunk_size, rungs=0)
@@ -61,16 +76,28 @@ def read(
             console.print(f"Resuming at token {session.position:,}.")
         began, first = time.monotonic(), session.position
         try:
-            _run(reading, checkpoint_seconds, ProgressBar(console, "Reading"), _size(text))
-        except KeyboardInterrupt:
-            left = "goes on from the last checkpoint" if reading.is_kept else "begins anew: no checkpoint was made yet"
-            console.print(f"Interrupted; the same command {left}.")
-            raise typer.Exit(_INTERRUPTED) from None
+            with _terminable():
+                _run(reading, checkpoint_seconds, ProgressBar(console, "Reading"), _size(text))
+        except KeyboardInterrupt as interrupt:
+            kept = reading.checkpoint()
+            left = f"goes on from token {kept:,}" if kept else "begins anew: not enough was read to go on from"
+            console.print(f"Interrupted; the same command {'without --restart ' if restart else ''}{left}.")
+            raise typer.Exit(interrupt.args[0] if interrupt.args else INTERRUPTED) from None
     seconds, count = max(time.monotonic() - began, 1e-9), session.position - first
+    read = f"{count:,} of them read" if first else "read"
     console.print(
-        f"{output}: {session.position:,} tokens; read {count:,} of them in {seconds:,.1f} s, {count / seconds:,.0f} "
-        "tokens/s"
+        f"{output}: {session.position:,} tokens, {read} in {seconds:,.1f} s, {count / seconds:,.0f} tokens/s",
+        markup=False,
     )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a resumed run goes on: the state, the tokens that wait for their chunk to be full, where in the text."""
+
+    snapshot: Snapshot
+    pending: tuple[int, ...]
+    mark: Mark
 
 
 class Reading:
@@ -107,11 +134,7 @@ class Reading:
             self._stream = TokenStream(tokenizer, source, begin=begin, mark=mark)
         except ValueError as error:
             raise self._refusal(str(error)) from error
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
-        return self._partial.exists()
+        self._place = self._begin = self._here()
 
     @property
     def offset(self) -> int:
@@ -125,17 +148,26 @@ class Reading:
             whole = self.session.whole_chunks(len(self._pending))
             self.session.read(self._pending[:whole])
             del self._pending[:whole]
+            # The end of a text is no place to go on from: a longer one may be tokenised otherwise there.
+            if not self._stream.is_over:
+                self._place = self._here()
             yield
 
-    def checkpoint(self) -> None:
-        """Make what has been read safe."""
-        notes = {
-            "mark": asdict(self._stream.mark),
-            "pending": self._pending,
-            "base": self._base,
-            "chunk_size": self.session.chunk_size,
-        }
-        self.session.save(self._partial, {"reading": notes})
+    def checkpoint(self) -> int:
+        """Make what has been read safe; return how many tokens a resumed run need not read, 0 for none."""
+        place = self._place
+        if place is not self._begin:
+            notes = {
+                "mark": asdict(place.mark),
+                "pending": place.pending,
+                "base": self._base,
+                "chunk_size": self.session.chunk_size,
+            }
+            state_file.save(self._partial, place.snapshot, self.session.fingerprint, {"reading": notes})
+        return place.snapshot.position if self._partial.exists() else 0
+
+    def _here(self) -> _Place:
+        return _Place(self.session.snapshot, tuple(self._pending), self._stream.mark)
 
     def finish(self) -> None:
         """Write the output, and remove the checkpoint.
@@ -168,17 +200,34 @@ class Reading:
 
 def _run(reading: Reading, checkpoint_seconds: float, bar: ProgressBar, size: int | None) -> None:
     began = saved = time.monotonic()
-    first = reading.session.position
+    first, start = reading.session.position, reading.offset
     with bar:
         for _ in reading:
             now = time.monotonic()
             position = reading.session.position
-            speed = f"{position:,} tokens, {(position - first) / max(now - began, 1e-9):,.0f} tokens/s"
-            bar.update(None if size is None else reading.offset / max(size, 1), speed)
+            text = f"{position:,} tokens, {(position - first) / max(now - began, 1e-9):,.0f} tokens/s"
+            if size is not None and reading.offset > start:
+                left = (now - began) * (size - reading.offset) / (reading.offset - start)
+                text += f", {duration(left)} left"
+            bar.update(None if size is None else reading.offset / max(size, 1), text)
             if now - saved >= checkpoint_seconds:
                 reading.checkpoint()
                 saved = time.monotonic()
         reading.finish()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM, by which schedulers end what runs too long, interrupt like Ctrl-C, with its own exit code."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt(128 + number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -114,7 +114,8 @@ class Fingerprint:
 
     def _parameter_differences(self, here: Fingerprint, convert: bool) -> Iterator[str]:
         for name in sorted(self.parameters.keys() ^ here.parameters.keys()):
-            yield f"the model has {name} only {'there' if name in self.parameters else 'here'}"
+            place = "there" if name in self.parameters else "here"
+            yield f"the model has {name} only {place}; quantise and adapt it as where the state was made"
             return
         mine, theirs = self._sampled(), here._sampled()
         for name, (dtype, shape) in self.parameters.items():

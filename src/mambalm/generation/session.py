@@ -24,6 +24,7 @@ from mambalm.generation.text import TextStream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from mambalm.generation.prefix_store import PrefixStore
     from mambalm.models.common import MambalmForCausalLM
 
 
@@ -121,6 +122,13 @@ class Session:
     def position(self) -> int:
         """The number of tokens read."""
         return self.snapshot.position
+
+    def chunk_ends(self, count: int) -> list[int]:
+        """After how many of `count` further tokens to keep a state for texts that begin alike: at ends of chunks,
+        the last of them, and before it at distances that double."""
+        last = (self.position + count) // self.chunk_size
+        ends = ((last + 1 - 2**power) * self.chunk_size - self.position for power in range(last.bit_length()))
+        return [end for end in ends if end > 0]
 
     def whole_chunks(self, count: int) -> int:
         """How many of `count` further tokens end at a multiple of the chunk size: the chunks then need no split."""
@@ -247,12 +255,17 @@ class Session:
 
 
 def continue_texts(
-    session: Session, texts: Sequence[str], settings: Settings, stop: Sequence[str] = ()
+    session: Session,
+    texts: Sequence[str],
+    settings: Settings,
+    stop: Sequence[str] = (),
+    store: PrefixStore | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Continue each text behind what the session has read, in a fork of its own; yield (row, text) as it comes.
 
-    Rows are those of `Settings.copies`. A text joins on without a special token before it; an empty one continues the
-    session as it is.
+    Rows are those of `Settings.copies`. Behind something a text joins on without a special token before it, and an
+    empty one continues the session as it is. With a store, what it has of a text is not read again, and the states
+    after the text and at some `Session.chunk_ends` of it are kept.
 
     Raises:
         ValueError: see `Session.write_text`.
@@ -262,8 +275,11 @@ def continue_texts(
     seeds = settings.seeds(len(texts) * settings.copies)
     for number, text in enumerate(texts):
         behind = session.fork()
-        tokens = session.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        behind.read(tokens)
+        tokens = session.tokenizer(text, add_special_tokens=not session.position, verbose=False)["input_ids"]
+        if store is None or not tokens:
+            behind.read(tokens)
+        else:
+            store.read(behind, tokens, behind.chunk_ends(len(tokens)))
         for row in range(number * settings.copies, (number + 1) * settings.copies):
             for piece in behind.fork().write_text(replace(settings, seed=seeds[row]), stop, tokens):
                 yield row, piece

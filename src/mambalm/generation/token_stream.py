@@ -51,7 +51,11 @@ class _Tokens:
 
 
 class TokenStream:
-    """The tokens of a UTF-8 text, in lists, as `tokenizer(text)["input_ids"]` has them."""
+    """The tokens of a UTF-8 text, in lists, as `tokenizer(text)["input_ids"]` has them.
+
+    Attributes:
+        is_over: the text has ended, and with it what `mark` is good for: the last tokens are those of an end.
+    """
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class TokenStream:
         self._hash = hashlib.sha256()
         self._offset = self._skip = 0
         self._buffer = ""
+        self.is_over = False
         if mark is not None and mark != Mark():
             self._resume(mark)
 
@@ -111,6 +116,7 @@ class TokenStream:
             if tokens:
                 yield self._begun() + tokens
         self._buffer += _decoded(decoder, b"", count)
+        self.is_over = True
         rest = self._encode(self._buffer)
         tokens = rest.ids[self._given_out(rest) :]
         self._drop(len(self._buffer))

@@ -203,6 +203,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     with full_disks_told(path):
         save_file(dict(tensors), path, metadata=dict(metadata))
     path.chmod(mode)  # safetensors goes by way of a temporary file, which only its owner may read
+    if len(metadata) > 1:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Let equal contents be equal files: safetensors writes metadata in an order that differs from run to run."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(data) <= size, "both escape no more than JSON asks for"
+        file.seek(8)
+        file.write(data.ljust(size))
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
