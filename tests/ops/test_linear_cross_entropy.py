@@ -99,16 +99,6 @@ class TestByHand:
         assert self.loss([7, 1, 7], ignore_index=7, reduction="none") == pytest.approx([0, math.log(4 / 3), 0])
         assert self.loss([7, 1, 7], ignore_index=7) == pytest.approx(math.log(4 / 3))
 
-    def test_shift(self) -> None:
-        """The first label is no one's target, and the last position has none."""
-        assert self.loss([0, 0, 1], shift=True, reduction="none") == pytest.approx([math.log(4), math.log(4 / 3), 0])
-        assert self.loss([0, 0, 1], shift=True) == pytest.approx(math.log(16 / 3) / 2)
-
-    def test_shift_keeps_rows_apart(self) -> None:
-        x = self.x[:2].expand(2, 2, 1)
-        losses = linear_cross_entropy(x, self.weight, torch.tensor([[1, 0], [1, 1]]), shift=True, reduction="none")
-        assert losses.flatten().tolist() == pytest.approx([math.log(4), 0, math.log(4 / 3), 0])
-
     def test_gradient(self) -> None:
         """p - onehot = (-3/4, 3/4) for x = 1 with label 0."""
         x, weight = self.x[:1].clone().requires_grad_(), self.weight.clone().requires_grad_()

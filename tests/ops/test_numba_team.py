@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from mambalm.ops import numba_team
-from mambalm.ops.numba_team import JobList, Team, float_of, integers_at, job, make
+from mambalm.ops.numba_team import JobList, Team, float_of, job, make, words_at
 
 
 @job
 def count(chunk, a):  # type: ignore[no-untyped-def]
     """Add to counter ``chunk`` (a[0], of a[1]) the sum over the counters before (a[2]) of the job before, plus a[3]."""
-    before, now = integers_at(a[2], a[1]), integers_at(a[0], a[1])
-    total = np.int64(float_of(a[3]))
+    before, now = words_at(a[2], a[1]), words_at(a[0], a[1])
+    total = np.int32(float_of(a[3]))
     for value in before:
         total += value
     now[chunk] += total
@@ -34,14 +34,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def chain(chunks: int, length: int) -> tuple[JobList, np.ndarray]:
     """Jobs of which each reads all that the one before wrote."""
-    counters = np.zeros((length + 1, chunks), np.int64)
+    counters = np.zeros((length + 1, chunks), np.int32)
     jobs = [make(count, chunks, counters[i + 1], chunks, counters[i], 1.0) for i in range(length)]
     return JobList(jobs), counters
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 7])
 def test_jobs_wait_for_each_other(threads: int, chunks: int) -> None:
-    jobs, counters = chain(chunks, 12)
+    jobs, counters = chain(chunks, 10)
     team = Team()
     for turn in range(1, 4):
         jobs.run(team)
@@ -49,7 +49,7 @@ def test_jobs_wait_for_each_other(threads: int, chunks: int) -> None:
         counters[2:] = 0
     jobs.run(team)
     expected = [4]
-    while len(expected) < 12:
+    while len(expected) < 10:
         expected.append(chunks * expected[-1] + 1)
     assert counters[1:, 0].tolist() == expected
     assert (counters[1:] == counters[1:, :1]).all()

@@ -108,12 +108,6 @@ def words_at(address, size):  # type: ignore[no-untyped-def]
     return carray(_pointer(address), (size,), np.int32)
 
 
-@njit(nogil=True, inline="always")
-def integers_at(address, size):  # type: ignore[no-untyped-def]
-    """``size`` int64 at an address."""
-    return carray(_pointer(address), (size,), np.int64)
-
-
 @intrinsic
 def float_of(context, word):  # type: ignore[no-untyped-def]
     """The float64 that was passed as an argument."""

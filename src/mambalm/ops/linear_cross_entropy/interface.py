@@ -26,7 +26,6 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
-    shift: bool = False,
     z_loss: float = 0.0,
     reduction: str = "mean",
     chunk_size: int | None = None,
@@ -45,7 +44,6 @@ def linear_cross_entropy(
         labels: int64 (..., l), each in [0, v) or ignore_index.
         bias: (v).
         ignore_index: tokens with this label count for nothing.
-        shift: position t predicts the label of t + 1; the last position predicts nothing.
         z_loss: weight of the squared log-normaliser, averaged like the loss.
         reduction: "mean" over the tokens that count, "sum", or "none".
         chunk_size: tokens whose logits are held at once; None chooses by memory.
@@ -60,8 +58,6 @@ def linear_cross_entropy(
         ValueError, TypeError: a shape, device, dtype, label or option does not fit; the message names it.
     """
     _check(x, weight, labels, bias, reduction, chunk_size)
-    if shift:
-        labels = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], dim=-1)
     arguments = (
         x.flatten(0, -2),
         weight,
