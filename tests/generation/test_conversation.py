@@ -16,7 +16,8 @@ from mambalm.generation.session import Session
 from mambalm.generation.state_file import StateFileError
 from tests.helpers import FLOAT32, relative_error
 
-SETTINGS = Settings(max_new_tokens=7, sampling=Sampling(temperature=1.0), seed=3)
+# So hot that the tokens are not those of their text.
+SETTINGS = Settings(max_new_tokens=7, sampling=Sampling(temperature=40.0), seed=3)
 PLAIN = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -77,17 +78,45 @@ def test_every_turn_is_the_whole_conversation(
         assert_read(session, before, rendered(conversation, tokenizer, True))
         answer = "".join(conversation.answer(SETTINGS))
         assert conversation.messages[-1] == {"role": "assistant", "content": answer}
+        assert tokenizer(answer, add_special_tokens=False)["input_ids"] != session.written
     assert conversation.undo() == "again"
     conversation.ask("something else")
-    assert [message["role"] for message in conversation.messages].count("user") == 3
+    assert [message["role"] for message in conversation.messages] == ["system", *["user", "assistant"] * 2, "user"]
     assert_read(session, before, rendered(conversation, tokenizer, True))
+
+
+def test_without_a_ladder_the_conversation_goes_back_to_its_beginning(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = with_template(tiny_tokenizer, CHANGING)
+    session = Session(tiny_model, tokenizer, rungs=0)
+    session.read([5, 6, 7])
+    conversation = Conversation(session)
+    for question in ("sort the numbers", "fox"):
+        conversation.ask(question)
+        list(conversation.answer(SETTINGS))
+    conversation.undo()
+    conversation.ask("the quick brown")
+    assert_read(session, [5, 6, 7], rendered(conversation, tokenizer, True))
+
+
+def test_the_tokenizers_end_ends_an_answer(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = with_template(tiny_tokenizer, PLAIN)
+    script = iter(tokenizer("fine<end>more")["input_ids"])
+    monkeypatch.setattr(Chooser, "__call__", lambda *_: Choice(torch.tensor([next(script)])))
+    conversation = Conversation(Session(tiny_model, tokenizer))
+    conversation.ask("how are you?")
+    assert "".join(conversation.answer(Settings(max_new_tokens=40))) == "fine"
 
 
 def test_a_turn_reads_only_what_it_adds(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer = with_template(tiny_tokenizer, PLAIN)
     conversation = Conversation(Session(tiny_model, tokenizer))
     first = conversation.ask("the quick brown fox " * 20)
-    answer = "".join(conversation.answer(SETTINGS))
+    # Whose tokens are those of its text.
+    answer = "".join(conversation.answer(Settings(max_new_tokens=7)))
     second = conversation.ask("fox")
     turn = f"[assistant] {answer}<end>[user] fox<end>[assistant] "
     assert first > 60

@@ -198,6 +198,15 @@ def test_a_chooser_counts_what_it_chose() -> None:
     assert sampler.written.tolist() == [[3, 1, 0]]
 
 
+def test_what_the_caller_says_was_seen_stays_the_callers() -> None:
+    seen = torch.zeros(1, 4, dtype=torch.bool)
+    sampler = Chooser.of([Sampling(repetition_penalty=2.0)], [0], seen, device=seen.device)
+    sampler(PROBABILITIES.log())
+    assert sampler.seen is not None
+    assert sampler.seen.any()
+    assert not seen.any()
+
+
 def test_logprobs_are_those_of_the_model() -> None:
     logits = torch.randn(2, 6)
     choice = chooser(logits, Sampling(temperature=3.0, repetition_penalty=5.0), logprobs=2)(logits)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mambalm.diagnostics.tiny import VOCABULARY, tiny_models
 from mambalm.generation import Engine, Sampling, Settings
 from mambalm.generation.cpu_step import CPUStep
-from mambalm.generation.session import Ladder, Session
+from mambalm.generation.session import Ladder, Session, continue_texts
 from mambalm.generation.snapshot import NOTHING_READ, Snapshot, advance, chain
 from mambalm.generation.state_file import StateFileError
 from mambalm.models.common import MambalmForCausalLM
@@ -219,6 +223,38 @@ def test_what_was_read_before_a_file_is_no_place_to_go_back_to(saved: Path, mamb
     session.read(list(reversed(TOKENS)))
     session.load(saved)
     assert session.rewind(17) == 0
+
+
+def test_what_was_written_can_be_taken_back(mamba: MambalmForCausalLM) -> None:
+    session = Session(mamba, chunk_size=64)
+    session.read(TOKENS[:9])
+    before = session.snapshot
+    list(session.write(Settings(max_new_tokens=8)))
+    session.read([1, 2])
+    assert session.position == 19
+    assert session.rewind(16) == 9
+    assert session.snapshot is before
+
+
+def test_texts_behind_one_session_are_continued_each_by_itself(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tiny_tokenizer.backend_tokenizer))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    assert tokenizer("fox")["input_ids"][0] == 0
+    session = Session(tiny_model, tokenizer)
+    session.read(tokenizer("the quick brown")["input_ids"])
+    settings = Settings(sampling=Sampling(temperature=40.0), max_new_tokens=9, seed=4, copies=2)
+    texts, before = [""] * 6, session.snapshot
+    for row, text in continue_texts(session, [" fox", "", " fox"], settings):
+        texts[row] += text
+    assert session.snapshot is before
+    for row in range(6):
+        alone, ids = session.fork(), tokenizer(["x fox", "x", "x fox"][row // 2])["input_ids"][2:]
+        alone.read(ids)
+        expected = alone.write_text(replace(settings, copies=1, seed=4 + row), (), ids)
+        assert "".join(expected) == texts[row]
+    assert len(set(texts)) == 6
 
 
 def test_penalties_count_what_a_file_has_read(saved: Path, mamba: MambalmForCausalLM) -> None:

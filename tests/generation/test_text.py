@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from mambalm.generation import Settings, TextStream, generate
+from mambalm.generation import Sampling, Settings, TextStream, decode, generate
 
 SENTENCE = "the quick héllo 😀 brown\nfox, 😀😀 def sort(numbers)"
 
@@ -76,6 +78,14 @@ def test_tokens_without_a_text_are_passed_over(tiny_tokenizer: PreTrainedTokeniz
     assert text + stream.flush() == SENTENCE.partition("brown")[0]
 
 
+def test_tokens_without_a_text_leave_the_space_before_a_word(fallback: PreTrainedTokenizerFast) -> None:
+    """However many: a word behind them is not the first of the text."""
+    the, a = (fallback.convert_tokens_to_ids(f"▁{word}") for word in ("the", "a"))
+    for silent in (2, len(fallback) + 4):
+        stream = TextStream(fallback)
+        assert "".join(map(stream.push, [the, *[silent] * 20, a, *[silent] * 20, a])) == "the a a"
+
+
 def test_random_tokens_never_raise(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     for seed in range(50):
         choice = random.Random(seed)
@@ -130,6 +140,24 @@ def test_a_stopped_row_computes_no_further(
     handle.remove()
     assert text == free[: free.index(stop)]
     assert len(calls) < whole
+
+
+def test_each_row_has_a_text_of_its_own(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Less the token that ends it, special or not."""
+    prompts = ["def ", "the quick"]
+    settings = Settings(sampling=Sampling(temperature=40.0), max_new_tokens=12, seed=1, copies=2)
+    ids = [torch.tensor(tiny_tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    rows: list[list[int]] = [[] for _ in range(4)]
+    for row, token in decode(tiny_model, ids, settings):
+        rows[row].append(token)
+    ends = frozenset(row[5 + number] for number, row in enumerate(rows))
+    texts = [""] * 4
+    for row, text in generate(tiny_model, tiny_tokenizer, prompts, replace(settings, end_tokens=ends)):
+        texts[row] += text
+    for row, text in zip(rows, texts, strict=True):
+        kept = row[: next(place for place, token in enumerate(row) if token in ends)]
+        # The beginning of a character that was not finished is not told.
+        assert text.rstrip("\ufffd") == tiny_tokenizer.decode(kept, skip_special_tokens=True).rstrip("\ufffd")
 
 
 def test_an_empty_stop_string_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
