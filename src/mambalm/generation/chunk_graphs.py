@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mambalm.generation.capture import capturing
 from mambalm.layers.state import AttentionState, MambaState, State
 from mambalm.models.cache import is_recurrent
 from mambalm.ops import backends
@@ -69,8 +70,7 @@ class _Chunk:
         with torch.cuda.device(ids.device), torch.cuda.stream(stream), torch.no_grad():
             # Libraries make their workspaces for the stream now: a capture could not contain that.
             self._once()
-            # What other threads do meanwhile is no part of it, and no mistake.
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with capturing(self._graph, pool, stream):
                 self._logits, self._after = self._once()
         current.wait_stream(stream)
 

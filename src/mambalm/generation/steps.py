@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mambalm.generation import gpu_step
+from mambalm.generation.capture import capturing
 from mambalm.generation.owned_state import OwnedState, room_for
 from mambalm.generation.reading import step
 from mambalm.generation.sampling import Choice, Chooser, Plan
@@ -150,8 +151,7 @@ class Captured:
             # Kernels compile and libraries make their workspaces now: a capture could not contain that.
             for _ in range(2):
                 self._once()
-            # What other threads do meanwhile is no part of it, and no mistake.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with capturing(graph, pool, stream):
                 self._once()
         torch.cuda.current_stream(device).wait_stream(stream)
         return graph
