@@ -151,3 +151,18 @@ def test_a_float64_model_keeps_its_state_in_float64(name: str) -> None:
         assert [t.dtype for t in vars(fresh).values() if t is not None] == [
             t.dtype for t in vars(after).values() if t is not None
         ]
+
+
+def test_steps_behind_a_padded_prompt_take_no_mask() -> None:
+    """Each would be read as data, for which a GPU waits."""
+    model, ids, masks = FAMILIES["mamba"].model(), tokens(2, 5), []
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    model.backbone.register_forward_pre_hook(
+        lambda module, arguments, options: masks.append(options["packing"] is not None), with_kwargs=True
+    )
+    asked: list[bool] = []
+    model.register_forward_pre_hook(
+        lambda module, arguments, options: asked.append(options.get("attention_mask") is not None), with_kwargs=True
+    )
+    model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert masks == asked == [True, False, False]
