@@ -244,7 +244,7 @@ def test_texts_behind_one_session_are_continued_each_by_itself(
     assert tokenizer("fox")["input_ids"][0] == 0
     session = Session(tiny_model, tokenizer)
     session.read(tokenizer("the quick brown")["input_ids"])
-    settings = Settings(sampling=Sampling(temperature=40.0), max_new_tokens=9, seed=4, copies=2)
+    settings = Settings(sampling=Sampling(temperature=4.0), max_new_tokens=9, seed=4, copies=2)
     texts, before = [""] * 6, session.snapshot
     for row, text in continue_texts(session, [" fox", "", " fox"], settings):
         texts[row] += text
