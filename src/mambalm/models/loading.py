@@ -79,6 +79,7 @@ def convert(
     Raises:
         CheckpointError: the source does not load, the format has no counterpart for a field of the configuration, or
             the destination is not empty.
+        ValueError: no such format is written, or the dtype is none that models compute in.
     """
     if format not in WRITABLE:
         raise ValueError(f"format {format!r} is not written: choose {' or '.join(WRITABLE)}")

@@ -1,4 +1,9 @@
-"""Functions on tensors: the state-space operators, each with a state in and a state out, on every backend."""
+"""Functions on tensors: the state-space operators, each with a state in and a state out, on every backend.
+
+Each is differentiable once: by autograd, in `torch.compile` as one graph, and under `torch.func`'s grad and vmap, which
+runs it for one row after another. Second derivatives and forward mode raise NotImplementedError; the reference, which
+all but the loss have as a backend, is plain torch and takes both.
+"""
 
 from mambalm.ops.backends import BackendError, SlowBackendWarning, explain
 from mambalm.ops.backends import use as use_backend

@@ -44,6 +44,9 @@ def offsets(op: str, cu_seqlens: Tensor | None, x: Tensor) -> None:
     """Check packed offsets: int32, beside x (1, l, ...) on its device, from 0 to l without going back.
 
     The values are read only on a CPU and outside of compilation: on a GPU that would wait for the device.
+
+    Raises:
+        TypeError, ValueError: they are none.
     """
     if cu_seqlens is None:
         return

@@ -114,7 +114,11 @@ def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped (private: writing to them does not change the file)."""
+    """The tensors of a safetensors file, memory-mapped (private: writing to them does not change the file).
+
+    Raises:
+        CheckpointError: it is truncated, or none.
+    """
     _require_whole(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -156,7 +160,11 @@ def _require_whole(path: Path) -> None:
 
 
 def read_torch(path: Path) -> dict[str, Any]:
-    """What `torch.save` put in a file: a mapping of tensors and plain values, memory-mapped; never code."""
+    """What `torch.save` put in a file: a mapping of tensors and plain values, memory-mapped; never code.
+
+    Raises:
+        CheckpointError: it holds something else, or is damaged.
+    """
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
