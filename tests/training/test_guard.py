@@ -59,3 +59,5 @@ def test_rewinds_have_an_end() -> None:
     assert guard.in_row == 0
     with pytest.raises(DivergedError, match=r"step 12: loss 7\.0.*the last checkpoint is intact"):
         guard.count_rewind(SECTION, 7.0, 1.0, 12)
+    with pytest.raises(DivergedError, match=r"no checkpoint yet to return to\. Lower schedule\.peak"):
+        Guard().count_rewind(SECTION, math.nan, 1.0, 1, saved=False)

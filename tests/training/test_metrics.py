@@ -76,6 +76,14 @@ def test_wandb_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [line["step"] for line in fake.lines] == [1, 2, 3, 3, 4, 5, 1, 2, 3]
     assert fake.lines[0] == {"step": 1, "loss": 1.0}
     assert fake.ended == 3
+
+    def locked(**_: object) -> None:
+        raise RuntimeError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(fake, "init", locked)
+    monkeypatch.setattr(fake, "Error", RuntimeError, raising=False)
+    with pytest.raises(ValueError, match="wandb=project does not open: No API key configured"):
+        MetricsLog(tmp_path / "a", 0, wandb="project")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"logging\.wandb needs wandb: pip install 'mambalm\[train\]'"):
         MetricsLog(tmp_path / "a", 0, wandb="project")

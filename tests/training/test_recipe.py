@@ -73,6 +73,8 @@ def test_the_list_is_complete() -> None:
         ("stages.long.tokens=0", r"^recipe mamba-tiny: stages\.1\.tokens: Input should be greater than 0, got 0$"),
         ("stages=[]", "stages: Tuple should have at least 1 item"),
         ("schedule.decay=1G", "the stages from short on have 250,000"),
+        ("seed=99999999999999999999", r"seed: Input should be less than 9223372036854775808"),
+        ("parallel={mode: fsdp, shard_size: 2}", r"parallel\.shard_size is of mode hsdp; fsdp shards over all ranks"),
     ],
 )
 def test_what_does_not_fit_is_named(override: str, message: str) -> None:
@@ -94,6 +96,12 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
     recipe = load_recipe("mamba-tiny", ["model.config.hiden_size=3"])
     with pytest.raises(ValueError, match=r"model\.config\.hiden_size of family mamba; did you mean hidden_size\?"):
         size_of(recipe)
+    for change, message in (
+        ("num_hidden_layers=0", r"model\.config\.num_hidden_layers is 0: it must be 1 at least"),
+        ("hidden_size=16.5", r"model\.config does not fit family mamba: .*'hidden_size' expected int, got float"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            size_of(load_recipe("mamba-tiny", [f"model.config.{change}"]))
 
 
 def test_a_file_builds_on_a_shipped_recipe_and_on_a_file(tmp_path: Path) -> None:

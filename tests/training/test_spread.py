@@ -162,7 +162,8 @@ def test_the_command_goes_on_over_ranks_where_it_was_in_the_data(tmp_path: Path)
     assert finish(first, 5) == losses[:5]
     first.save()
     first.checkpoints.wait()
-    (tmp_path / "spread.yaml").write_text(dump(settled))
+    for path in (tmp_path / "spread.yaml", tmp_path / "spread" / "recipe.yaml"):
+        path.write_text(dump(settled))
     arguments = [str(tmp_path / "spread.yaml"), "parallel.mode=fsdp", "--output", str(tmp_path / "spread")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mambalm"]
     process = subprocess.run(

@@ -218,8 +218,30 @@ def test_another_recipe_in_the_folder_is_refused(data: Path, tmp_path: Path, cap
     with pytest.raises(ValueError, match=r"its schedule.peak is 0.01, here it is 0.02.*--restart"):
         run(recipe(data, {"schedule": {"kind": "wsd", "peak": 2e-2, "warmup": 100, "decay": 400}}), tmp_path / "run",
             Ranks(), console)  # fmt: skip
+    origin = {"run": str(tmp_path / "other"), "step": 6}
+    with pytest.raises(ValueError, match=r"its fork is none, here it is step 6 of .*other.*--restart"):
+        run(recipe(data, {"fork": origin}), tmp_path / "run", Ranks(), console)
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files == {"checkpoints", "curves.png", "metrics.jsonl", "model", "recipe.yaml", "tensorboard"}
+
+
+@pytest.mark.parametrize("text", [None, ": bad [", ""], ids=["missing", "damaged", "empty"])
+def test_a_run_that_has_lost_its_recipe(text: str | None, data: Path, tmp_path: Path) -> None:
+    made = trainer(recipe(data), tmp_path)
+    made.save()
+    made.checkpoints.wait()
+    if text is not None:
+        (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"(?s)has lost its recipe .*: put it back, or forget the run with --restart"):
+        run(recipe(data), tmp_path, Ranks(), Console(quiet=True))
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [0]
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint(data: Path, tmp_path: Path) -> None:
+    made = trainer(recipe(data, {"optimizer": {"patience": 2}}), tmp_path)
+    made.network.backbone.embeddings.register_forward_hook(lambda *found: found[2] * math.nan)
+    with pytest.raises(DivergedError, match=r"step 1: loss nan.*no checkpoint yet"):
+        finish(made)
 
 
 @pytest.mark.parametrize(

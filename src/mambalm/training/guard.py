@@ -74,12 +74,19 @@ class Guard:
         self.in_row += 1
         return Verdict.REWIND if self.in_row >= section.patience else Verdict.LEAVE
 
-    def count_rewind(self, section: OptimizerSection, loss: float, norm: float, step: int) -> None:
+    def count_rewind(
+        self, section: OptimizerSection, loss: float, norm: float, step: int, *, saved: bool = True
+    ) -> None:
         """Note that the last checkpoint is brought back.
 
         Raises:
-            DivergedError: it was brought back as often as allowed.
+            DivergedError: it was brought back as often as allowed, or there is none: nothing was ``saved``.
         """
+        if not saved:
+            raise DivergedError(
+                f"step {step}: loss {loss}, gradient norm {norm}, and there is no checkpoint yet to return to. Lower "
+                "schedule.peak, lengthen schedule.warmup, or look at the data"
+            )
         self.rewinds += 1
         self.in_row = 0
         if self.rewinds > section.rewinds:

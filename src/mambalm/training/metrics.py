@@ -51,6 +51,7 @@ class MetricsLog:
 
         Raises:
             ImportError: TensorBoard's writer or wandb is not installed.
+            ValueError: wandb does not let us in.
         """
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -94,7 +95,10 @@ def _open_wandb(folder: Path, project: str, name: str, config: Any) -> Any:
     if not kept.exists():
         with replacing(kept) as file:
             file.write_text(secrets.token_hex(4))
-    run = wandb.init(project=project, name=name, config=config, dir=folder, id=kept.read_text(), resume="allow")
+    try:
+        run = wandb.init(project=project, name=name, config=config, dir=folder, id=kept.read_text(), resume="allow")
+    except wandb.Error as error:
+        raise ValueError(f"logging.wandb={project} does not open: {error} Or do without logging.wandb.") from error
     run.define_metric("*", step_metric="step")
     return run
 

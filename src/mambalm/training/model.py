@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from mambalm.data.tokenizer import load_tokenizer
@@ -31,6 +32,10 @@ _FAMILIES: Mapping[str, type[MambalmForCausalLM]] = {
     "mamba2": Mamba2ForCausalLM,
     "hybrid": MambaHybridForCausalLM,
 }
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "state_size", "conv_kernel", "expand"),
+    *("time_step_rank", "num_heads", "head_dim", "n_groups", "chunk_size"),
+)
 # Bytes of kept activations for every token and channel inside a block, measured on a GPU with Mamba models of 130M to
 # 2.8B parameters under bfloat16 autocast (docs/decisions/2026-11-27-whole-models-on-h200.md); other families are near.
 _KEPT = {"none": 15.5, "selective": 10.5}
@@ -40,7 +45,7 @@ def config_of(section: ModelSection) -> PreTrainedConfig:
     """The configuration of a recipe's model; a field that is null takes a base's out.
 
     Raises:
-        ValueError: the family has no such field, which transformers would have taken without a word.
+        ValueError: the family has no such field, which transformers would have taken without a word, or no such value.
     """
     kind: Any = _FAMILIES[section.family].config_class
     values = {name: value for name, value in section.config.items() if value is not None}
@@ -50,7 +55,12 @@ def config_of(section: ModelSection) -> PreTrainedConfig:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"unknown key model.config.{name} of family {section.family}{hint}")
-    return kind(**values)
+        if name in _SIZES and isinstance(values[name], int) and values[name] < 1:
+            raise ValueError(f"model.config.{name} is {values[name]}: it must be 1 at least")
+    try:
+        return kind(**values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"model.config does not fit family {section.family}: {error.__cause__ or error}") from error
 
 
 def build_model(

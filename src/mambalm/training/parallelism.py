@@ -52,9 +52,10 @@ def parallelise(
         ValueError: several ranks without a mode that uses them, or one that needs them; or compile where it cannot be.
     """
     if (section.mode == "single") != (ranks.world == 1):
+        here = "one rank" if ranks.world == 1 else f"{ranks.world} ranks"
         raise ValueError(
-            f"parallel.mode is {section.mode} and there are {ranks.world} ranks: use single for one, and ddp, fsdp or "
-            "hsdp under torchrun"
+            f"parallel.mode is {section.mode}, and this is {here}: use single for one, and ddp, fsdp or hsdp under "
+            "torchrun"
         )
     if not is_sharded(section):
         moved: nn.Module = network

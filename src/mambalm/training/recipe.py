@@ -199,8 +199,14 @@ class ParallelSection(Section):
     checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     shard_size: int | None = Field(
-        default=None, description="ranks of one shard group of hsdp; by default those of a host"
+        default=None, gt=0, description="ranks of one shard group of hsdp; by default those of a host"
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.mode == "fsdp" and self.shard_size is not None:
+            raise ValueError("parallel.shard_size is of mode hsdp; fsdp shards over all ranks")
+        return self
 
 
 class CheckpointSection(Section):
@@ -289,7 +295,7 @@ class Recipe(Section):
     logging: LoggingSection = LoggingSection()
     evaluation: EvaluationSection = EvaluationSection()
     fork: ForkSection | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

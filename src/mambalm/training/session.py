@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from rich.console import Console
 
 from mambalm.data.token_files import Metadata
@@ -31,7 +30,7 @@ from mambalm.training.parallelism import is_sharded, parallelise
 from mambalm.training.position import Position
 from mambalm.training.precision import Policy, policy
 from mambalm.training.progress import ProgressBar
-from mambalm.training.recipe_files import dump
+from mambalm.training.recipe_files import dump, load_recipe
 from mambalm.training.trainer import Report, Trainer
 
 if TYPE_CHECKING:
@@ -82,20 +81,34 @@ class Folder:
                 shutil.rmtree(path, ignore_errors=True)
             for file in (self.recipe, self.path / "metrics.jsonl", self.path / WANDB_ID):
                 file.unlink(missing_ok=True)
-        begun = self.recipe.exists() and self.checkpoints.exists()
-        if begun and (changed := list(_changes(self.read().identity(), recipe.identity()))):
+        if self.checkpoints.exists():
+            self._require_same(recipe)
+        with replacing(self.recipe) as file:
+            file.write_text(dump(recipe))
+
+    def _require_same(self, recipe: Recipe) -> None:
+        before = self.read()
+        changed = list(_changes(before.identity(), recipe.identity()))
+        if recipe.fork != before.fork:
+            changed.append(f"its fork is {_origin(before)}, here it is {_origin(recipe)}")
+        if changed:
             raise ValueError(
                 f"{self.path} holds another run: {'; '.join(changed)}. Choose another folder with --output, forget "
                 "that run with --restart, or go on from one of its checkpoints with fork.run and fork.step"
             )
-        with replacing(self.recipe) as file:
-            file.write_text(dump(recipe))
 
     def read(self) -> Recipe:
-        """The recipe of the run that is there."""
-        from mambalm.training.recipe import Recipe
+        """The recipe of the run that is there.
 
-        return Recipe.model_validate(yaml.safe_load(self.recipe.read_text()))
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        try:
+            return load_recipe(str(self.recipe))
+        except ValueError as error:
+            raise ValueError(
+                f"the run in {self.path} has lost its recipe ({error}): put it back, or forget the run with --restart"
+            ) from error
 
     def leave(self) -> None:
         """Undo `prepare` where no run was begun."""
@@ -103,6 +116,10 @@ class Folder:
             self.recipe.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it holds something else
                 self.path.rmdir()
+
+
+def _origin(recipe: Recipe) -> str:
+    return "none" if recipe.fork is None else f"step {recipe.fork.step} of {recipe.fork.run}"
 
 
 def _changes(before: Any, now: Any, path: str = "") -> Any:

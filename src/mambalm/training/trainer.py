@@ -198,9 +198,10 @@ class Trainer:
 
     def _rewind(self, loss: float, norm: float) -> None:
         """Bring the last checkpoint back, but stay where the data is: what did harm is not read again."""
-        self.guard.count_rewind(self.recipe.optimizer, loss, norm, self.position.step + 1)
-        guard, here = self.guard, self.position
         self.checkpoints.wait()
+        saved = self.checkpoints.latest() is not None
+        self.guard.count_rewind(self.recipe.optimizer, loss, norm, self.position.step + 1, saved=saved)
+        guard, here = self.guard, self.position
         self.load()
         if self.position.stage == here.stage:
             self.position.sequences = here.sequences
