@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import product as product_of
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -111,11 +112,10 @@ MBARRIER = SimpleNamespace(
 
 
 def window(descriptor: Any, coordinates: Sequence[Any]) -> Tensor:
-    """What of a descriptor's tensor lies at some coordinates; short where the tensor ends."""
+    """What of a descriptor's tensor lies at some coordinates; less where the tensor ends."""
     whole = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
     row, column = (int(c) for c in coordinates)
     rows, columns = descriptor.block_shape
-    assert column + columns <= whole.shape[1]
     return whole[row : row + rows, column : column + columns]
 
 
@@ -126,14 +126,15 @@ def copy_in(descriptor: Any, coordinates: Sequence[Any], barrier: Barrier, memor
     for row in memory.mine():
         row.copy(copier)
     memory.data.zero_()
-    memory.data[: len(found)] = found
+    memory.data[: found.shape[0], : found.shape[1]] = found
     barrier.less(0, memory.data.nbytes, copier)
 
 
 def copy_out(descriptor: Any, coordinates: Sequence[Any], memory: Memory) -> None:
     copier = helper()
     RUNNING.task.copies.append(copier)
-    window(descriptor, coordinates).copy_(memory.read(copier))
+    there = window(descriptor, coordinates)
+    there.copy_(memory.read(copier)[: there.shape[0], : there.shape[1]])
 
 
 class Product:
@@ -172,8 +173,12 @@ def copies_done(pending: int) -> None:
         RUNNING.task.look(copies.pop(0).show())
 
 
-def load(pointer: Pointer, **_: Any) -> Value:
-    return value(pointer.base.view(-1)[pointer.places()].clone())
+def load(pointer: Pointer, mask: Any = None, other: Any = 0, **_: Any) -> Value:
+    places, flat = pointer.places(), pointer.base.view(-1)
+    if mask is None:
+        return value(flat[places].clone())
+    there = mask.as_subclass(Tensor).broadcast_to(places.shape)
+    return value(flat[torch.where(there, places, 0)].where(there, torch.tensor(other, dtype=flat.dtype)))
 
 
 def store(pointer: Pointer, values: Any, mask: Any = None) -> None:
@@ -236,13 +241,13 @@ def nothing(*_: object, **__: object) -> None:
     """A layout, a fence, or a wait for what is done at once."""
 
 
-def language(program: int, programs: int) -> SimpleNamespace:
-    """What kernels know as gl, in one program of many."""
+def language(programs: Sequence[int]) -> SimpleNamespace:
+    """What kernels know as gl, but for the program's place in the grid."""
     names = "SliceLayout BlockedLayout NVMMADistributedLayout DotOperandLayout SwizzledSharedLayout NVMMASharedLayout"
     dtypes = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.int32)}
     return SimpleNamespace(
         **dict.fromkeys(names.split(), nothing), **dtypes, int64=torch.int64, constexpr=lambda x: x,
-        program_id=lambda axis: value(program), num_programs=lambda axis: value(programs), static_range=range,
+        num_programs=lambda axis: value(programs[axis]), static_range=range,
         arange=lambda start, end, layout: value(torch.arange(start, end, dtype=torch.int32)),
         full=lambda shape, x, dtype, layout: value(torch.full([int(n) for n in shape], x, dtype=dtype)),
         zeros=lambda shape, dtype, layout: value(torch.zeros([int(n) for n in shape], dtype=dtype)),
@@ -273,7 +278,12 @@ def kernels(module: ModuleType, gl: SimpleNamespace) -> ModuleType:
         tma=SimpleNamespace(store_wait=copies_done),
         warpgroup_mma_wait=products_done,
     )  # fmt: skip
-    replaced = {"mambalm.ops.gluon_support": support, "triton.experimental.gluon.language.nvidia.hopper": hopper}
+    launches = SimpleNamespace(gdc_wait=nothing, gdc_launch_dependents=nothing)
+    replaced = {
+        "mambalm.ops.gluon_support": support,
+        "triton.experimental.gluon.language.nvidia.hopper": hopper,
+        "triton.language.extra.cuda": launches,
+    }
     assert module.__file__ is not None
     spec = importlib.util.spec_from_file_location("interpreted", module.__file__)
     assert spec is not None
@@ -284,8 +294,8 @@ def kernels(module: ModuleType, gl: SimpleNamespace) -> ModuleType:
     return found
 
 
-def launch(module: ModuleType, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-    """In place of `triton_support.launch`, for a kernel of the module."""
+def launch(module: ModuleType, kernel: Any, programs: Sequence[int], arguments: dict[str, Any]) -> None:
+    """In place of `triton_support.launch`, for a kernel of the module on a grid of programs."""
 
     def argument(parameter: Any) -> Any:
         given = arguments[parameter.name]
@@ -294,9 +304,9 @@ def launch(module: ModuleType, kernel: Any, programs: int, arguments: dict[str, 
             return Pointer(given)
         return value(given) if isinstance(given, int) and not parameter.is_constexpr else given
 
-    gl = language(0, programs)
+    gl = language(programs)
     function = getattr(kernels(module, gl), kernel.fn.__name__)
-    for program in range(programs):
-        gl.program_id = lambda axis, program=program: value(program)
+    for program in product_of(*map(range, programs)):
+        gl.program_id = lambda axis, program=program: value(program[axis])
         RUNNING.task = Task({})
         function(*(argument(parameter) for parameter in kernel.params))

@@ -24,7 +24,7 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Gluon backend in place of plain Triton's, its kernels interpreted, its memory full of NaN."""
 
     def launch(kernel: Any, programs: int, given: dict[str, Any], options: dict[str, Any]) -> None:
-        gluon_interpreter.launch(_gluon_kernels, kernel, programs, given)
+        gluon_interpreter.launch(_gluon_kernels, kernel, (programs,), given)
 
     empty = torch.empty
 
