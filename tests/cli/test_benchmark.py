@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ def measured(path: Path) -> dict[str, Any]:
     return found
 
 
+SAID = {
+    "generate": r"first token after [\d.e+]+ ms \([\d.]+ times the reading alone\), then [\d.e+]+ ms per token",
+    "memory": r"chunked: 32 tokens, then stopped by longest asked for; parallel: 32 tokens, then",
+    "throughput": r"tokens/s at 128: [\d,]+; all 140 written, at the end [+-][\d.]+% in time and [+-]\d+ MiB of memory",
+    "restore": r"saved in [\d.e+]+ ms, restored in [\d.e+]+ ms, 0.\d MiB; the same logits next",
+}
+
+
 @pytest.mark.parametrize("kind", SHORT)
 def test_each_command_writes_json_and_a_figure(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
     output = tmp_path / "found.json"
@@ -43,6 +52,10 @@ def test_each_command_writes_json_and_a_figure(tiny_checkpoint: Path, tmp_path: 
     classes = [model["class"] for model in found["models"]]
     assert classes == ["mambalm.MambaForCausalLM", "transformers.LlamaForCausalLM"][: 1 if kind == "restore" else 2]
     assert len({model["vocabulary"] for model in found["models"]}) == 1
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(classes)
+    for model, line in zip(found["models"], lines, strict=True):
+        assert re.fullmatch(f"{re.escape(model['name'])}: {SAID[kind]}.*", line)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["found.json", "found.png"]
 
 
@@ -91,6 +104,12 @@ def test_nothing_to_measure_is_told() -> None:
         ("generate", "--random", "mamba-130m", "--prompt", "hello"): "--prompt needs a tokenizer",
         ("memory", "no-such-model", "--mode", "sideways"): "there is no mode 'sideways'; choose one of parallel",
         ("generate", "no-such-model", "-o", "no/such/file.json"): "no/such/file.json cannot be written: name a file",
+        (
+            "generate",
+            "no-such-model",
+            "-o",
+            "a.png",
+        ): "a.png is where the figure goes: name the JSON file, such as a.json",
         ("generate", "no-such-model", "-o", "found.json"): "no-such-model does not exist: name a folder",
     }.items():
         result = call(*arguments)

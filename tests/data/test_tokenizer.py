@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -84,3 +85,13 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     train_tokenizer(TEXTS, 300).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"tokenizer\.json is a file: name the folder"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_beside_a_model_that_transformers_does_not_know_nothing_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_tokenizer(["some text"], 300).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mambalm_hybrid"}')
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert load_tokenizer(str(tmp_path)).eos_token == END_OF_TEXT
+    assert not caplog.records

@@ -12,7 +12,18 @@ import torch
 import typer
 from rich.console import Console
 
-from mambalm.cli.options import Device, Dtype, parse_device, parse_dtype, require_writable
+from mambalm.cli.options import (
+    Device,
+    Dtype,
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    parse_device,
+    parse_dtype,
+    require_writable,
+)
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.diagnostics.benchmark import (
     MODES,
@@ -28,6 +39,7 @@ from mambalm.diagnostics.benchmark import (
 from mambalm.diagnostics.benchmark.figures import draw
 from mambalm.diagnostics.benchmark.measuring import GIB, environment, release
 from mambalm.diagnostics.benchmark.memory import Limits, require_mode
+from mambalm.diagnostics.benchmark.summary import summary
 from mambalm.generation import Sampling, Settings
 from mambalm.models.shapes import SHAPES
 from mambalm.training.files import replacing
@@ -57,11 +69,11 @@ def generate(
     prompt_length: Annotated[int, typer.Option(min=1, help="Random tokens of the prompt.")] = 100,
     genlen: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that sum to p.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Keep tokens at least p times as probable as the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens come less often again.")] = 1.0,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     repeats: Annotated[int, typer.Option(min=1, help="Measured runs, after one to warm up; medians are told.")] = 3,
     seed: Annotated[int, typer.Option(help="Of prompt and sampling.")] = 0,
     beside: Beside = True,
@@ -231,6 +243,8 @@ def _report(
     """Measure all subjects; write, after each, what there is."""
     path = output or Path(f"{kind}.json")
     require_writable(path)
+    if path.suffix == ".png":
+        raise ValueError(f"{path} is where the figure goes: name the JSON file, such as {path.with_suffix('.json')}")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     report: dict[str, Any] = {
         "benchmark": kind,
@@ -242,7 +256,7 @@ def _report(
         console.print(f"{subject.name}: {subject.parameters:,} parameters", markup=False)
         report["models"].append({**subject.describe(), **measure(subject)})
         del subject
-        typer.echo(json.dumps(report["models"][-1]))
+        typer.echo(summary(kind, report["models"][-1]))
         with replacing(path) as file:
             file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         draw(kind, report, path.with_suffix(".png"))

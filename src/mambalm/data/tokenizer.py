@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -97,6 +98,10 @@ def load_tokenizer(path_or_hub_id: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"{path_or_hub_id} is a file: name the folder that holds the tokenizer's files")
     where, refusal = (place, None) if path_or_hub_id and place.exists() else _fetched(path_or_hub_id)
     remedy = "put its tokenizer.json there, or name another with --tokenizer"
+    # Beside a model of a type that it does not know (hybrids), transformers warns of what is not done.
+    log = logging.getLogger("transformers.configuration_utils")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         # Without local_files_only transformers asks the Hub for file after file, and where there is none tries each for
         # half a minute.
@@ -108,6 +113,8 @@ def load_tokenizer(path_or_hub_id: str) -> PreTrainedTokenizerBase:
         reason = " ".join(str(error).split()) if there else "none of its files is there"
         what = f"{path_or_hub_id} has no tokenizer that transformers can load ({reason})"
         raise ValueError(f"{what}; {remedy}") from error
+    finally:
+        log.setLevel(level)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     # Where a folder has a model's configuration alone, transformers makes its tokenizer without any words.
     if len(tokenizer) == len(tokenizer.get_added_vocab()):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mambalm.diagnostics.benchmark.measuring import GIB
+from mambalm.diagnostics.benchmark.summary import short
 from mambalm.training.files import replacing
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def draw(kind: str, report: Result, path: Path) -> None:
 
 def _memory(left: Axes, right: Axes, report: Result) -> None:
     """The longest prompt as bars; the peak of memory against the prompt's length."""
-    cap = report["settings"]["memory_gib"]
+    cap, shortest, longest = (report["settings"][name] for name in ("memory_gib", "shortest", "longest"))
     bars = [
         (f"{model['name']}\n{mode['mode']}", mode, f"C{index}")
         for index, model in enumerate(report["models"])
@@ -44,16 +45,15 @@ def _memory(left: Axes, right: Axes, report: Result) -> None:
     for at, (_, mode, color) in enumerate(bars):
         left.barh(at, max(mode["longest"], 1), color=color)
         sign = "" if mode["stopped_by"] == "memory" else "≥ "
-        left.annotate(f" {sign}{_short(mode['longest'])}", (max(mode["longest"], 1), at), va="center", fontsize=7)
+        read = f"{sign}{short(mode['longest'])}" if mode["longest"] else "nothing"
+        left.annotate(f" {read}", (max(mode["longest"], shortest / 2), at), va="center", fontsize=7)
     left.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=6)
     _powers_of_two(left)
-    shortest, longest = report["settings"]["shortest"], report["settings"]["longest"]
     left.set_xlim(left=shortest / 2, right=8 * longest)
     left.invert_yaxis()
     left.set(xlabel=f"longest prompt in {cap:g} GiB (≥: not stopped by memory)")
     styles = dict(zip(("parallel", "chunked", "token by token"), ("-", "--", ":"), strict=True))
-    read = [bar for bar in bars if bar[1]["lengths"]]
-    for label, mode, color in read:
+    for label, mode, color in bars:
         lengths = [row["length"] for row in mode["lengths"]]
         peaks = [row["peak_bytes"] / GIB for row in mode["lengths"]]
         style = styles[mode["mode"]]
@@ -62,8 +62,7 @@ def _memory(left: Axes, right: Axes, report: Result) -> None:
     right.set_xlim(left=shortest / 1.5, right=1.5 * longest)  # matplotlib finds no limits where nothing was read
     _powers_of_two(right)
     right.set(xlabel="tokens of the prompt", ylabel="peak memory, GiB", ylim=(0, 1.1 * cap))
-    if read:
-        right.legend(fontsize=6)
+    _legend(right)
 
 
 def _throughput(left: Axes, right: Axes, report: Result) -> None:
@@ -80,7 +79,8 @@ def _throughput(left: Axes, right: Axes, report: Result) -> None:
                 axes.plot(*_points(whole, value), color=color, label=f"{model['name']}, written")
     for axes, label in ((left, "tokens per second, batch 1"), (right, "peak memory, GiB")):
         axes.set(xlabel="tokens written", ylabel=label, xlim=(0, None), ylim=(0, 1.1 * axes.get_ylim()[1]))
-    left.legend(fontsize=7)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    _legend(left)
 
 
 def _generate(left: Axes, right: Axes, report: Result) -> None:
@@ -126,9 +126,17 @@ def _name(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xticks(range(len(names)), [name.replace(" beside ", " beside\n") for name in names], fontsize=7)
 
 
+def _legend(axes: Axes) -> None:
+    """Below both panels, where it hides nothing."""
+    assert axes.figure is not None
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 3 if len(labels) > 4 else max(1, len(labels))
+    axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7)
+
+
 def _powers_of_two(axes: Axes) -> None:
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: _short(int(value)))
+    axes.xaxis.set_major_formatter(lambda value, _: short(int(value)))
 
 
 def _speed(row: Result) -> float:
@@ -141,11 +149,3 @@ def _peak(row: Result) -> float:
 
 def _points(rows: Sequence[Result], value: Callable[[Result], float]) -> tuple[list[int], list[float]]:
     return [row["position"] for row in rows], [value(row) for row in rows]
-
-
-def _short(count: int) -> str:
-    """A power of two as 64k or 1M."""
-    for unit, letter in ((2**20, "M"), (2**10, "k")):
-        if count >= unit:
-            return f"{count // unit}{letter}"
-    return str(count)
