@@ -6,6 +6,7 @@ from mambalm.generation.engine import Engine, Settings, Token, decode, end_token
 from mambalm.generation.prefix_store import PrefixStore
 from mambalm.generation.sampling import Sampling
 from mambalm.generation.session import Session
+from mambalm.generation.state_file import StateFileError
 from mambalm.generation.text import TextStream, generate
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Sampling",
     "Session",
     "Settings",
+    "StateFileError",
     "TextStream",
     "Token",
     "beam_search",

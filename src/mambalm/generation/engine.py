@@ -18,7 +18,7 @@ from torch import Tensor
 from mambalm.generation import cpu_step, gpu_step
 from mambalm.generation.chunk_graphs import ChunkGraphs
 from mambalm.generation.owned_state import longest
-from mambalm.generation.reading import no_numbers, read, step
+from mambalm.generation.reading import no_numbers, read, require_ours, step
 from mambalm.generation.sampling import NO_TOKEN, Choice, Chooser, Sampling
 from mambalm.generation.steps import EagerReader, Graphs, Reader, not_captured
 from mambalm.layers.state import State
@@ -36,7 +36,7 @@ class Settings:
     Attributes:
         sampling: how each token is chosen.
         max_new_tokens: tokens per row at most.
-        end_tokens: token ids that end a row.
+        end_tokens: token ids that end a row; kept as a frozenset.
         seed: row i draws by `seed + i`, or by `seed[i]`; None takes a fresh seed.
         chunk_size: tokens of each prompt that are read at once; None: `reading.chosen_chunk_size`.
         copies: continuations per prompt, which is read once: row i continues prompt i // copies.
@@ -44,6 +44,7 @@ class Settings:
 
     Raises:
         ValueError: a size below 1, or a negative number of log-probabilities.
+        TypeError: end_tokens is one token.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -55,6 +56,10 @@ class Settings:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.end_tokens, int | str):
+            given = repr(self.end_tokens)  # type: ignore[unreachable]
+            raise TypeError(f"end_tokens is {given}: give a set of token ids, such as end_tokens(model)")
+        object.__setattr__(self, "end_tokens", frozenset(self.end_tokens))
         for name in ("max_new_tokens", "chunk_size", "copies"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -115,6 +120,7 @@ class Engine:
     """
 
     def __init__(self, model: MambalmForCausalLM) -> None:
+        require_ours(model)
         self.model = model
         self._eager_because = not_captured(model)
         self._generic_because = self._eager_because or gpu_step.refusal(model)

@@ -122,8 +122,25 @@ def step(model: MambalmForCausalLM, tokens: Tensor, state: State) -> tuple[Tenso
     return output.logits[:, -1], output.cache_params
 
 
+def require_ours(model: object) -> None:
+    """Refuse a model that hands no state on.
+
+    Raises:
+        TypeError: it is none of mambalm's.
+    """
+    if not hasattr(model, "init_state"):
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        raise TypeError(
+            f"{kind} hands no state on: load the checkpoint with mambalm.load, or call mambalm.register() before "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+
+
 def check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None:
     """Refuse what `read` cannot read; see there."""
+    if isinstance(prompts, Tensor):
+        shape = tuple(prompts.shape)  # type: ignore[unreachable]
+        raise TypeError(f"prompts is a tensor {shape}: give a list of tensors (l), as list(batch) is")
     if not prompts:
         raise ValueError("there is no prompt")
     vocabulary = model.config.vocab_size
@@ -131,6 +148,8 @@ def check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None:
         if not isinstance(prompt, Tensor) or prompt.ndim != 1:
             given = f"shape {tuple(prompt.shape)}" if isinstance(prompt, Tensor) else type(prompt).__name__
             raise TypeError(f"prompt {row + 1} must be a tensor of token ids (l), got {given}")
+        if prompt.is_floating_point():
+            raise TypeError(f"prompt {row + 1} is {prompt.dtype}; token ids are integers, as torch.long")
         if not len(prompt):
             raise ValueError(f"prompt {row + 1} has no tokens; give it at least one, such as the start-of-text token")
         if int(prompt.max()) >= vocabulary or int(prompt.min()) < 0:

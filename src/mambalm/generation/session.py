@@ -16,7 +16,7 @@ import torch
 from mambalm.generation import state_file
 from mambalm.generation.engine import Engine, Settings, read
 from mambalm.generation.fingerprint import Fingerprint
-from mambalm.generation.reading import check_prompts, chosen_chunk_size, no_numbers
+from mambalm.generation.reading import check_prompts, chosen_chunk_size, no_numbers, require_ours
 from mambalm.generation.sampling import NO_TOKEN, Chooser
 from mambalm.generation.snapshot import Snapshot
 from mambalm.generation.text import TextStream
@@ -100,7 +100,14 @@ class Session:
             tokenizer: its tokenizer.
             chunk_size: tokens that are read at once, from one multiple of it to the next; None: chosen for the model.
             rungs: states to keep for `rewind`, each of `snapshot.nbytes`.
+
+        Raises:
+            TypeError: the model is none of mambalm's.
+            ValueError: the chunk size is below 1.
         """
+        require_ours(model)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
         self.model = model
         self.tokenizer = tokenizer
         self.chunk_size = chosen_chunk_size(model) if chunk_size is None else chunk_size
@@ -124,8 +131,10 @@ class Session:
         return self.snapshot.position
 
     def chunk_ends(self, count: int) -> list[int]:
-        """After how many of `count` further tokens to keep a state for texts that begin alike: at ends of chunks,
-        the last of them, and before it at distances that double."""
+        """After how many of `count` further tokens to keep states for texts that begin alike, the last first.
+
+        They are ends of chunks, which need no split: the last, and before it at distances that double.
+        """
         last = (self.position + count) // self.chunk_size
         ends = ((last + 1 - 2**power) * self.chunk_size - self.position for power in range(last.bit_length()))
         return [end for end in ends if end > 0]
@@ -143,7 +152,12 @@ class Session:
         Raises:
             ValueError: a token id is outside of the model's vocabulary; then nothing is read.
             ValueError: logits are NaN or infinite; the session is where they were not.
+            TypeError: a text, or all that a tokenizer returned, in place of its token ids.
         """
+        if isinstance(tokens, str | Mapping):
+            raise TypeError(
+                f"a session reads token ids, as in tokenizer(text)['input_ids'], not a {type(tokens).__name__}"
+            )
         if len(tokens):
             check_prompts(self.model, [torch.as_tensor(tokens)])
         at, start = 0, self.position

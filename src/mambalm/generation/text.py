@@ -33,7 +33,10 @@ class TextStream:
 
         Raises:
             ValueError: a stop string is empty, or the tokenizer has no tokenizers backend.
+            TypeError: `stop` is one string.
         """
+        if isinstance(stop, str):
+            raise TypeError(f"stop is the string {stop!r}: give a list of strings, such as [{stop!r}]")
         if not all(stop):
             raise ValueError("a stop string is empty; leave it out to stop at the end-of-text token only")
         if not tokenizer.is_fast:
@@ -129,7 +132,10 @@ def generate(
 
     Raises:
         ValueError: a prompt has no tokens or some that the model does not know, or a stop string is empty.
+        TypeError: one string in place of a list of them.
     """
+    if isinstance(prompts, str):
+        raise TypeError("prompts is a string: give a list of texts, such as [prompt]")
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     streams = [TextStream(tokenizer, ids, stop) for ids in encoded for _ in range(settings.copies)]
     ids = [torch.tensor(row, dtype=torch.long) for row in encoded]
