@@ -56,9 +56,8 @@ class Settings:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.end_tokens, int | str):
-            given = repr(self.end_tokens)  # type: ignore[unreachable]
-            raise TypeError(f"end_tokens is {given}: give a set of token ids, such as end_tokens(model)")
+        if isinstance(self.end_tokens, int | str):  # type: ignore[unreachable]
+            raise TypeError(f"end_tokens is {self.end_tokens!r}: give a set of token ids, such as end_tokens(model)")
         object.__setattr__(self, "end_tokens", frozenset(self.end_tokens))
         for name in ("max_new_tokens", "chunk_size", "copies"):
             value = getattr(self, name)

@@ -136,10 +136,10 @@ def require_ours(model: object) -> None:
         )
 
 
-def check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor]) -> None:
+def check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor] | Tensor) -> None:
     """Refuse what `read` cannot read; see there."""
     if isinstance(prompts, Tensor):
-        shape = tuple(prompts.shape)  # type: ignore[unreachable]
+        shape = tuple(prompts.shape)
         raise TypeError(f"prompts is a tensor {shape}: give a list of tensors (l), as list(batch) is")
     if not prompts:
         raise ValueError("there is no prompt")
