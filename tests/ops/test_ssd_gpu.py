@@ -192,10 +192,11 @@ def test_automatic_choice_is_quiet(recwarn: pytest.WarningsRecorder) -> None:
     assert not [w for w in recwarn if "slower" in str(w.message)]
 
 
-def test_more_than_two_to_the_31_elements() -> None:
+@pytest.mark.parametrize("n", [16, 128])  # of 128 the gradients are those of Hopper's kernels
+def test_more_than_two_to_the_31_elements(n: int) -> None:
     """The last steps of a long row, and their gradients, are those of a row that begins 512 steps before its end."""
     l, h, p, tail = 2**20 + 5, 33, 64, 512
-    shape = {"x": (1, l, h, p), "dt": (1, l, h), "B": (1, l, 1, 16), "C": (1, l, 1, 16)}
+    shape = {"x": (1, l, h, p), "dt": (1, l, h), "B": (1, l, 1, n), "C": (1, l, 1, n)}
     args = {name: torch.randn(*s, device="cuda", dtype=torch.bfloat16) for name, s in shape.items()}
     assert args["x"].numel() > 2**31
     args["A"] = -1 - torch.rand(h, device="cuda")  # after 400 steps nothing is left of a state

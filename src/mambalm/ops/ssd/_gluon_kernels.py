@@ -132,12 +132,43 @@ def weigh(
 
 
 @gluon.jit
+def barriers(writers: gl.constexpr, readers: gl.constexpr, STAGES: gl.constexpr):
+    """Of each stage a barrier that completes when all writers have filled it, and one when all readers have done."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for k in gl.static_range(STAGES):
+        mbarrier.init(full.index(k), count=writers)
+        mbarrier.init(empty.index(k), count=readers)
+    return full, empty
+
+
+@gluon.jit
 def clear_rest(tile, left, WIDTH: gl.constexpr, Q: gl.constexpr):
     """Zero the rows of a tile from ``left`` on: they are another row's tokens. Two warpgroups may do it at once."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     i = gl.expand_dims(gl.arange(0, Q, gl.SliceLayout(1, layout)), 1)
     values = tile.load(layout)
     tile.store(gl.where(i < left, values, gl.zeros_like(values)))
+
+
+@gluon.jit
+def clear_both(first, second, left, WIDTH: gl.constexpr, SECOND: gl.constexpr, Q: gl.constexpr):
+    """Zero what two tiles of inputs have beyond a row's end, if it ends in this chunk, before products read them."""
+    if left < Q:
+        clear_rest(first, left, WIDTH, Q)
+        clear_rest(second, left, SECOND, Q)
+        fence_async_shared()
+        barrier()
+
+
+@gluon.jit
+def store_rows(corner, tile, heads, left, Q: gl.constexpr, P: gl.constexpr):
+    """The first ``left`` rows of a tile into (tokens, heads, P); the copy engine would write all of them."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.expand_dims(gl.arange(0, Q, gl.SliceLayout(1, layout)), 1)
+    p = gl.expand_dims(gl.arange(0, P, gl.SliceLayout(0, layout)), 0)
+    values = tile.load(layout)
+    gl.store(corner + row * heads * P + p, values, mask=row + p * 0 < left)
 
 
 @gluon.jit
@@ -152,7 +183,6 @@ def compute(
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     narrow_operand: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     wide_operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     start, whole, last, end, n_heads, units, parts = ranges(ticket, total, per_unit)
     to = gl.expand_dims(gl.arange(0, Q, gl.SliceLayout(1, narrow)), 1)
     of = gl.expand_dims(gl.arange(0, Q, gl.SliceLayout(0, narrow)), 0)
@@ -187,11 +217,7 @@ def compute(
             u, key, query = us.index(stage * 2 + HEAD), keys.index(stage), queries.index(stage)
             k = (stage * 2 + HEAD) * FACTORS
             mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-            if left < Q:
-                clear_rest(u, left, P, Q)
-                clear_rest(key, left, N, Q)
-                fence_async_shared()
-                barrier()
+            clear_both(u, key, left, P, N, Q)
             zero = gl.zeros([Q, Q], gl.float32, narrow)
             scores = warpgroup_mma(query, key.permute((1, 0)), zero, use_acc=False, is_async=True)
             carried = gl.convert_layout(state.to(gl.bfloat16), narrow_operand)
@@ -221,11 +247,8 @@ def compute(
             barrier()
             mbarrier.arrive(empty.index(stage), count=1)
             if left < Q:
-                token = gl.expand_dims(gl.arange(0, Q, gl.SliceLayout(1, rows)), 1)
-                p = gl.expand_dims(gl.arange(0, P, gl.SliceLayout(0, rows)), 0)
                 at = out + (row * length + chunk * Q).to(gl.int64) * heads * P + head * P
-                values = results.load(rows)
-                gl.store(at + token * heads * P + p, values, mask=token + p * 0 < left)
+                store_rows(at, results, heads, left, Q, P)
                 barrier()
             else:
                 copy_out(out_desc, [row * length + chunk * Q, head * P], results)
@@ -263,11 +286,7 @@ def scan(
     by_value = view(factors, [4 * 2 * FACTORS * Q, 1], lines)
     weights = gl.allocate_shared_memory(gl.bfloat16, [2, Q, Q], u_desc.layout)
     results = gl.allocate_shared_memory(gl.bfloat16, [2, Q, P], out_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for k in gl.static_range(STAGES):
-        mbarrier.init(full.index(k), count=3)
-        mbarrier.init(empty.index(k), count=2)
+    full, empty = barriers(3, 2, STAGES)
     fence_async_shared()
     ticket = gl.atomic_add(flags + 2 * gl.num_programs(0), 1)
     gl.warp_specialize(
@@ -403,11 +422,7 @@ def follow_state(
         scale, inverse = fitting(gl.max(gl.max(gl.abs(state), axis=1), axis=0))
         half = (state * inverse).to(gl.float16)
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        if left < Q:
-            clear_rest(u, left, P, Q)
-            clear_rest(key, left, N, Q)
-            fence_async_shared()
-            barrier()
+        clear_both(u, key, left, P, N, Q)
         weight = gl.expand_dims(lines.index(k).load(gl.SliceLayout(0, operand)), 0)
         inflow = u.permute((1, 0)).load(operand).to(gl.float32) * weight
         rounded = inflow.to(gl.bfloat16)
@@ -460,11 +475,7 @@ def states(
     keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, Q, N], keys_desc.layout)
     kept = gl.allocate_shared_memory(gl.float16, [2, P, N], states_desc.layout)
     lines = gl.allocate_shared_memory(gl.float32, [STAGES * 4, Q], line)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for k in gl.static_range(STAGES):
-        mbarrier.init(full.index(k), count=3)
-        mbarrier.init(empty.index(k), count=2)
+    full, empty = barriers(3, 2, STAGES)
     fence_async_shared()
     barrier()
     gl.warp_specialize(
@@ -671,7 +682,6 @@ def within_chunk(
     """dx and the sums token by token. Matrices of scores are transposed: (input token, output token)."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     i_row, i_column = gl.arange(0, Q, gl.SliceLayout(1, layout)), gl.arange(0, Q, gl.SliceLayout(0, layout))
     zero = gl.zeros([Q, Q], gl.float32, layout)
     scores = warpgroup_mma(keys.index(0), queries.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -685,11 +695,7 @@ def within_chunk(
         head = first + i
         x, dy = inputs.index(stage * 2), inputs.index(stage * 2 + 1)
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        if left < Q:
-            clear_rest(x, left, P, Q)
-            clear_rest(dy, left, P, Q)
-            fence_async_shared()
-            barrier()
+        clear_both(x, dy, left, P, P, Q)
         zero = gl.zeros([Q, Q], gl.float32, layout)
         weights = warpgroup_mma(x, dy.permute((1, 0)), zero, use_acc=False, is_async=True)
         start_of = gl.expand_dims(lines.index(k + SUMS).load(gl.SliceLayout(1, layout)), 1)
@@ -737,10 +743,7 @@ def within_chunk(
         fence_async_shared()
         barrier()
         if left < Q:
-            row = gl.expand_dims(gl.arange(0, Q, gl.SliceLayout(1, flat)), 1)
-            p = gl.expand_dims(gl.arange(0, P, gl.SliceLayout(0, flat)), 0)
-            corner = dx + (token.to(gl.int64) * heads + head) * P
-            gl.store(corner + row * heads * P + p, results.load(flat), mask=row + p * 0 < left)
+            store_rows(dx + (token.to(gl.int64) * heads + head) * P, results, heads, left, Q, P)
         else:
             copy_out(dx_desc, [token, head * P], results)
     tma.store_wait(0)
@@ -778,12 +781,8 @@ def chunks(
     results = gl.allocate_shared_memory(gl.bfloat16, [1, Q, P], dx_desc.layout)
     lines = gl.allocate_shared_memory(gl.float32, [STAGES * LINES, Q], line)
     places = gl.allocate_shared_memory(gl.int32, [Q], line)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full, empty = barriers(2, 3, STAGES)
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for k in gl.static_range(STAGES):
-        mbarrier.init(full.index(k), count=2)
-        mbarrier.init(empty.index(k), count=3)
     mbarrier.init(ready.index(0), count=1)
     mbarrier.init(ready.index(1), count=1)
     fence_async_shared()
