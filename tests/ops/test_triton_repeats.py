@@ -13,6 +13,8 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from mambalm.ops import triton_repeats, triton_sums, triton_support  # noqa: E402
+from mambalm.ops.causal_conv1d import triton as convolution  # noqa: E402
+from mambalm.ops.rms_norm import triton as norm  # noqa: E402
 from mambalm.ops.ssd import _gluon_kernels, gluon  # noqa: E402
 from mambalm.ops.ssd import triton as plain  # noqa: E402
 from tests.ops import gluon_interpreter  # noqa: E402
@@ -26,6 +28,8 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
 def at(address: int, shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
     """A tensor at an address."""
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
     count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
@@ -68,7 +72,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, device: str) -> list[str]:
             notes.launched(again, values)
         return None
 
-    for module in (gluon, plain, triton_sums):
+    for module in (gluon, plain, triton_sums, convolution, norm):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(triton_repeats, "_plans", {})
     return names
@@ -116,6 +120,37 @@ def test_the_same_on_other_tensors(
     for found, exact in zip(gradients, module._backward(dy, dstate, *inputs), strict=True):
         assert (found is None) == (exact is None)
         assert found is None or (torch.equal(found, exact) and found.stride() == exact.stride())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_ops(device: str, launched: list[str]) -> None:
+    """Also where an argument begins within a tensor, as a part of a projection does."""
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    for _ in range(2):
+        x, weight, bias, state = drawn(2, 9, 8)[..., 4:], drawn(4, 3), drawn(4), drawn(2, 4, 2)
+        dy = drawn(2, 9, 4)
+        found = [
+            *convolution.forward(x, weight, bias, True, state, None),
+            *convolution.backward(dy, None, x, weight, bias, True, state, None),
+            *norm.forward(x, bias, dy, None, 1e-5, 2, torch.float32),
+            *norm.backward(dy, None, x, bias, x + 1, 1e-5, 2),
+        ]
+        before, launched[:] = list(launched), []
+    assert before == [], "what was noted was not used"
+    triton_repeats._plans.clear()
+    again = [
+        *convolution.forward(x, weight, bias, True, state, None),
+        *convolution.backward(dy, None, x, weight, bias, True, state, None),
+        *norm.forward(x, bias, dy, None, 1e-5, 2, torch.float32),
+        *norm.backward(dy, None, x, bias, x + 1, 1e-5, 2),
+    ]
+    assert len(launched) == 4
+    for result, exact in zip(found, again, strict=True):
+        assert (result is None) == (exact is None)
+        assert result is None or torch.equal(result, exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -85,7 +85,7 @@ class Notes:
             if at == given.data_ptr():
                 return i, 0
         for i, room in enumerate(self.rooms, len(self.given)):
-            if 0 <= at - room.data_ptr() < room.nbytes:
+            if t is room or 0 <= at - room.data_ptr() < room.nbytes:
                 return i, at - room.data_ptr()
         self.complete = False  # allocated otherwise, such as the copy of an argument
         return 0, 0
@@ -120,7 +120,8 @@ class Plan:
             else:  # in the last one, which is what lies between kernels
                 self.places.append((-1, size))
                 size += -(-room.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self.tensors.append(((size,), torch.uint8))
+        if size:
+            self.tensors.append(((size,), torch.uint8))
         self.views = [None if view is None else View(self.places[view.room][0], view.of) for view in views]
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[Any, ...]:
