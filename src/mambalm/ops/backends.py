@@ -301,14 +301,11 @@ def _is_tracked(tensor: Tensor) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def exact(device: torch.device) -> Iterator[None]:
+def exact(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Keep autocast out of a backend: it says itself what is rounded."""
-    if not torch.is_autocast_enabled(device.type):
-        yield
-        return
-    with torch.autocast(device.type, enabled=False):
-        yield
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

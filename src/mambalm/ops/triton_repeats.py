@@ -169,9 +169,15 @@ def repeat(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[A
     returns what it allocated, and does nothing else that a call of the same kind would have to do again. What it cannot
     be held to, as when it copies an argument to make it dense, it is called for every time.
     """
-    given = [value for value in arguments if isinstance(value, Tensor)]
-    kinds = (_kind(value) if isinstance(value, Tensor) else value for value in arguments)
-    key = (function, given[0].device, *kinds)
+    given: list[Tensor] = []
+    kinds: list[Any] = [function]
+    for value in arguments:
+        if isinstance(value, Tensor):
+            given.append(value)
+            kinds.append((value.shape, value.stride(), value.dtype, value.data_ptr() % 16 == 0))
+        else:
+            kinds.append(value)
+    key = (given[0].device, *kinds)
     plan = _plans.get(key)
     if plan is not None:
         return plan(given)
@@ -185,8 +191,3 @@ def repeat(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[A
     plan = Plan(notes, results)
     _plans[key] = plan if notes.complete else None
     return results
-
-
-def _kind(t: Tensor) -> tuple[Any, ...]:
-    """What launches depend on."""
-    return t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0

@@ -90,11 +90,11 @@ _here = threading.local()
 @contextlib.contextmanager
 def noted(notes: Any) -> Iterator[None]:
     """Tell ``notes`` what this thread allocates by `empty` and launches inside the block."""
-    _here.notes = notes
+    before, _here.notes = getattr(_here, "notes", None), notes
     try:
         yield
     finally:
-        _here.notes = None
+        _here.notes = before
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
