@@ -38,7 +38,7 @@ def at(address: int, shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
 def interpret(kernel: Any, programs: int, values: Any, options: dict[str, Any]) -> None:
     if hasattr(_gluon_kernels, kernel.__name__) and kernel is getattr(_gluon_kernels, kernel.__name__):
         given = dict(zip(kernel.arg_names, values, strict=True))
-        gluon_interpreter.launch(_gluon_kernels, kernel, programs, given)
+        gluon_interpreter.launch(_gluon_kernels, kernel, (programs,), given)
     else:
         kernel[(programs,)](*values, **options)
 
@@ -74,6 +74,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, device: str) -> list[str]:
 
     for module in (gluon, plain, triton_sums, convolution, norm):
         monkeypatch.setattr(module, "launch", launch)
+    if device == "cpu":
+        monkeypatch.setattr(gluon, "processors", lambda device: 3)
     monkeypatch.setattr(triton_repeats, "_plans", {})
     return names
 
