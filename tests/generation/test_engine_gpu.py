@@ -13,7 +13,7 @@ from mambalm.generation import Engine, Sampling, Settings, read, step
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.ops import use_backend
 from tests.helpers import FLOAT32, relative_error
-from tests.models.tiny import FAMILIES, lively, tokens
+from tests.models.tiny import FAMILIES, WITH_TRANSFORMERPP, lively, tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +32,7 @@ def rows_of(engine: Engine, settings: Settings, **more: object) -> list[list[int
     return rows
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_TRANSFORMERPP)
 def test_greedy_tokens_are_those_of_generate(family: str) -> None:
     model = lively(family, num_hidden_layers=3).to("cuda")
     engine = Engine(model)
