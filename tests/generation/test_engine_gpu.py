@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -178,3 +179,19 @@ def test_threads_share_an_engine_while_graphs_are_captured() -> None:
     shared = Engine(model)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda seed: work(shared, seed), range(24))) == alone
+
+
+def test_memory_does_not_grow_with_the_kinds_of_runs() -> None:
+    """24 kinds, of which 16 graphs are kept."""
+    engine = Engine(lively("mamba").to("cuda"))
+
+    def run(first: int) -> int:
+        for number in range(first, first + 48):
+            prompts = [tokens(5 + number % 8, seed=number)] * (1 + number % 2)
+            list(engine.generate(prompts, Settings(max_new_tokens=3, logprobs=number % 24)))
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    before = run(0)
+    assert run(48) <= before
