@@ -67,6 +67,24 @@ def test_captured_steps_are_the_models(family: str, dtype: torch.dtype, batch: i
     assert reader.state().position.tolist() == [12] * batch
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("family", ["falcon_mamba", "mamba2"])
+def test_small_step_sizes_are_the_models(family: str, batch: int) -> None:
+    model = model_of(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("dt_proj.bias", "dt_bias")):
+                parameter -= 12.0
+    exact = copy.deepcopy(model).double()
+    reader, truth, ids = Engine(model).reader(model.init_state(batch)), exact.init_state(batch), tokens(batch, 5).cuda()
+    for position in range(ids.shape[1]):
+        found = reader(ids[:, position])
+        logits, truth = step(exact, ids[:, position], truth)
+    assert relative_error(found, logits) <= FLOAT32
+    for own, other in zip(reader.state().layers, truth.layers, strict=True):
+        assert relative_error(own.ssm, other.ssm) <= FLOAT32
+
+
 def test_rows_stop_by_themselves_and_the_rest_moves_to_smaller_graphs() -> None:
     engine = Engine(model_of("falcon_mamba"))
     free = rows_of(engine, Settings(max_new_tokens=30))

@@ -20,11 +20,20 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted; 
 
 
 def steps_agree(
-    family: str, batch: int, monkeypatch: pytest.MonkeyPatch, tiles: dict[str, int], **changes: Any
+    family: str,
+    batch: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tiles: dict[str, int],
+    step_bias: float = 0.0,
+    **changes: Any,
 ) -> None:
     """Three steps from a state on, whose rows have read different numbers of tokens, beside the model in float64."""
     monkeypatch.setattr(triton_steps, "Tiles", lambda: TILES(**tiles))
     model = FAMILIES[family].model(**changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("dt_proj.bias", "dt_bias")):
+                parameter += step_bias
     assert gpu_step.refusal(model) is None
     exact, owned = copy.deepcopy(model).double(), OwnedState(model, batch, room=7, fused=True)
     fused = gpu_step.FusedStep(model, owned, [gpu_step.weights(block) for block in model.backbone.layers])
@@ -52,6 +61,16 @@ TILES = triton_steps.Tiles
 # Small, so that there are several of each, with ragged ends.
 SMALL = {"enter_rows": 4, "leave_rows": 2, "split_rows": 4, "head_rows": 4, "columns": 16, "scan_channels": 16}
 SMALL |= {"batch_channels": 16, "conv_channels": 16, "head_cells": 8}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["falcon_mamba", "mamba2"])
+@pytest.mark.parametrize("bias", [-12.0, 30.0])
+def test_step_sizes_small_and_large_are_the_models(
+    family: str, batch: int, bias: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """log(1 + exp(x)) would lose the small ones, by which a state remembers long."""
+    steps_agree(family, batch, monkeypatch, SMALL, bias, num_hidden_layers=1)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mambalm.ops.ssd._triton_kernels import limited
-from mambalm.ops.triton_support import sigmoid
+from mambalm.ops.triton_support import sigmoid, softplus
 
 
 @triton.jit
@@ -198,7 +198,7 @@ def _summed(shares, columns, on, row, batch, width, SHARES: tl.constexpr, MOST: 
 @triton.jit
 def _advanced(h, step, x, gate, B, C, rate, skip):  # type: ignore[no-untyped-def]
     """The states (channels, n) after a step, and the gated output; step and bias are summed already."""
-    step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(step)))
+    step = softplus(step)
     h = h * tl.exp2(step[:, None] * rate) + (step * x)[:, None] * B[None, :]
     y = tl.sum(h * C[None, :], 1) + skip * x
     return h, y * gate * sigmoid(gate)
