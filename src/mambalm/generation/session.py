@@ -190,13 +190,14 @@ class Session:
         try:
             for _ in range(settings.max_new_tokens):
                 token = chooser(logits).tokens
-                if int(token) == NO_TOKEN:
+                chosen = int(token)
+                if chosen == NO_TOKEN:
                     is_whole = False
                     raise no_numbers(f"after token {start.position + len(written):,}", self.model.dtype)
-                written.append(int(token))
-                if written[-1] in settings.end_tokens:
+                written.append(chosen)
+                if chosen in settings.end_tokens:
                     return
-                yield written[-1]
+                yield chosen
                 is_whole = False
                 logits = reader(token)
                 is_whole = True
