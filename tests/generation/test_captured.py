@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mambalm.generation import Engine, Sampling, Session, Settings, engine, owned_state, read, step, steps
+from mambalm.generation import Engine, Sampling, Session, Settings, engine, owned_state, read, runs, step, steps
 from mambalm.generation.owned_state import OwnedState
 from mambalm.models.common import MambalmForCausalLM
 from tests.helpers import FLOAT32, relative_error
@@ -34,7 +34,7 @@ def _graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (engine, steps):
         monkeypatch.setattr(module, "not_captured", lambda model: None)
     monkeypatch.setattr(engine.gpu_step, "refusal", lambda model: "this is a test of what is around the step")
-    monkeypatch.setattr(engine, "_pinned", torch.clone)
+    monkeypatch.setattr(runs, "_pinned", torch.clone)
     monkeypatch.setattr(engine.cpu_step, "refusal", lambda model: "this is a test of graphs")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -64,6 +64,21 @@ def test_greedy_tokens_are_those_of_generate(family: str, room: int, monkeypatch
         expected = model.generate(prompt[None], max_new_tokens=12, do_sample=False)
         assert row == expected[0, len(prompt) :].tolist()
         assert len(set(row)) > 2
+
+
+def test_first_tokens_wait_for_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one hold the rows that stopped at them."""
+    taken: list[int] = []
+    take = steps.Graphs.take
+    monkeypatch.setattr(steps.Graphs, "take", lambda self, rows, *more: taken.append(rows) or take(self, rows, *more))
+    one = Engine(lively("mamba"))
+    coming = one.generate(PROMPTS, Settings(max_new_tokens=9), lambda row: row == 1)
+    assert [next(coming).row for _ in PROMPTS] == [0, 1, 2]
+    assert taken == []
+    assert [next(coming).row for _ in range(4)] == [0, 2, 0, 2]
+    assert taken == [2]
+    assert len(list(one.generate(PROMPTS, Settings(max_new_tokens=1)))) == len(PROMPTS)
+    assert taken == [2]
 
 
 def test_many_rows_begin_with_less_room() -> None:
