@@ -17,6 +17,7 @@ import mambalm
 import mambalm_cli
 from mambalm.data.tokenizer import load_tokenizer
 from mambalm.diagnostics.verify import Check
+from mambalm.generation import Token
 from mambalm.models import attach_adapter, load_adapter
 from mambalm.quantization.model import quantize_model
 
@@ -200,11 +201,11 @@ def test_generate_reads_on_from_what_the_prefix_store_has(tiny_checkpoint: Path,
 
 
 def test_generate_keeps_what_was_written_before_ctrl_c(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> Iterator[tuple[int, str]]:
-        yield 0, "some"
+    def interrupted(*_: Any) -> Iterator[tuple[Token, str]]:
+        yield Token(0, 5), "some"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mambalm.cli.generate.generate_text", interrupted)
+    monkeypatch.setattr("mambalm.cli.generate.generate_with_tokens", interrupted)
     for prompts, written in ((["fox"], "some\n"), (["fox", "def"], "--- 1\nsome\n--- 2\n\n")):
         result = call("generate", tiny_checkpoint, *prompts, "--device", "cpu")
         assert result.exit_code == 130
@@ -216,8 +217,6 @@ def test_generate_keeps_what_was_written_before_ctrl_c(tiny_checkpoint: Path, mo
     [
         (("--beams", "2", "--temperature", "1"), "--beams goes with none of"),
         (("--beams", "2", "--copies", "3"), "--copies asks for 3"),
-        (("--logprobs", "1", "--state", "x"), "--logprobs goes neither with --state nor"),
-        (("--logprobs", "1", "--prefix-store", "x"), "nor with --prefix-store"),
         (("--beams", "2", "--prefix-store", "x"), "--state, --prefix-store: leave it out"),
         (("--prefix-store", __file__), "is a file: name a folder"),
         (("--prefix-store", "x", "--prefix-store-gib", "0"), "must hold at least one state"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -231,6 +232,12 @@ def test_generate_behind_a_state(
         assert result.stdout.rstrip("\n") == expected("".join(prompts)).rstrip("\n")
     result = call("generate", tiny_checkpoint, "the fox", "def", *options)
     assert result.stdout == f"--- 1\n{expected('the fox')}\n--- 2\n{expected('def')}\n"
+    texts = {0: "", 1: ""}
+    for line in call("generate", tiny_checkpoint, "the fox", "def", "--logprobs", "1", *options).stdout.splitlines():
+        token = json.loads(line)
+        texts[token["row"]] += token["text"]
+        assert token["logprob"] == token["likeliest"][0]["logprob"] < 0
+    assert texts == {0: expected("the fox"), 1: expected("def")}
 
 
 def test_what_cannot_be_read_is_told_in_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -246,8 +246,8 @@ def test_texts_behind_one_session_are_continued_each_by_itself(
     session.read(tokenizer("the quick brown")["input_ids"])
     settings = Settings(sampling=Sampling(temperature=4.0), max_new_tokens=9, seed=4, copies=2)
     texts, before = [""] * 6, session.snapshot
-    for row, text in continue_texts(session, [" fox", "", " fox"], settings):
-        texts[row] += text
+    for token, text in continue_texts(session, [" fox", "", " fox"], settings):
+        texts[token.row] += text
     assert session.snapshot is before
     for row in range(6):
         alone, ids = session.fork(), tokenizer(["x fox", "x", "x fox"][row // 2])["input_ids"][2:]
@@ -255,6 +255,8 @@ def test_texts_behind_one_session_are_continued_each_by_itself(
         expected = alone.write_text(replace(settings, copies=1, seed=4 + row), (), ids)
         assert "".join(expected) == texts[row]
     assert len(set(texts)) == 6
+    with pytest.raises(ValueError, match="prompt 2 has no tokens"):
+        next(continue_texts(Session(tiny_model, tiny_tokenizer), ["fox", ""], settings))
 
 
 def test_penalties_count_what_a_file_has_read(saved: Path, mamba: MambalmForCausalLM) -> None:

@@ -36,12 +36,14 @@ from mambalm.cli.options import (
     told,
 )
 from mambalm.data.tokenizer import load_tokenizer
-from mambalm.generation import Engine, PrefixStore, Sampling, Settings, TextStream, beam_search, end_tokens
-from mambalm.generation import generate as generate_text
+from mambalm.generation import Engine, PrefixStore, Sampling, Settings, Token, beam_search, end_tokens
 from mambalm.generation.session import Session, continue_texts
+from mambalm.generation.text import generate_with_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from mambalm.models.common import MambalmForCausalLM
 
 
 def generate(
@@ -92,17 +94,32 @@ def generate(
     settings = replace(settings, end_tokens=end_tokens(network))
     if beams > 1:
         _write_beams(Engine(network), encoder, texts, settings, beams)
-    elif logprobs is not None:
-        _write_tokens(Engine(network), encoder, texts, settings, stop or [])
-    elif state is None and store is None:
-        _write_texts(generate_text(network, encoder, texts, settings, stop or []), len(texts) * copies)
+        return
+    if state is None and store is None:
+        pieces = generate_with_tokens(Engine(network), encoder, texts, settings, stop or [])
     else:
-        session = Session(network, encoder, chunk_size=chunk_size, rungs=0)
-        if state is not None:
-            session.load(state, convert=convert_state)
-        _write_texts(continue_texts(session, texts, settings, stop or [], store), len(texts) * copies)
-        if store is not None:
-            typer.echo(told(store), err=True)
+        session = _session(network, encoder, chunk_size, state, convert_state)
+        pieces = continue_texts(session, texts, settings, stop or [], store)
+    if logprobs is None:
+        _write_texts(pieces, len(texts) * copies)
+    else:
+        _write_tokens(pieces, encoder)
+    if store is not None:
+        typer.echo(told(store), err=True)
+
+
+def _session(
+    network: MambalmForCausalLM,
+    encoder: PreTrainedTokenizerBase,
+    chunk_size: int | None,
+    state: Path | None,
+    convert: bool,
+) -> Session:
+    """A session behind a state file, if there is one."""
+    session = Session(network, encoder, chunk_size=chunk_size, rungs=0)
+    if state is not None:
+        session.load(state, convert=convert)
+    return session
 
 
 def _check(
@@ -118,8 +135,6 @@ def _check(
         )
     if beams > 1 and settings.copies > beams:
         raise ValueError(f"--beams {beams} finds {beams} texts and --copies asks for {settings.copies}: ask for fewer")
-    if settings.logprobs is not None and from_states:
-        raise ValueError("--logprobs goes neither with --state nor with --prefix-store: leave it out")
     if state is not None:
         require_state(state)
 
@@ -145,42 +160,29 @@ def _write_beams(
             typer.echo(written if single else f"--- {number} ({beam.score:.4f})\n{written}")
 
 
-def _write_tokens(
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    settings: Settings,
-    stop: Sequence[str],
-) -> None:
+def _write_tokens(pieces: Iterable[tuple[Token, str]], tokenizer: PreTrainedTokenizerBase) -> None:
     """A line of JSON per token; the texts of a row's lines are its text."""
-    prompts = [torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long) for text in texts]
-    rows = range(len(texts) * settings.copies)
-    streams = [TextStream(tokenizer, prompts[row // settings.copies].tolist(), stop) for row in rows]
-    written = [0] * len(streams)
-    for token in engine.generate(prompts, settings, lambda row: streams[row].stopped):
+    for token, text in pieces:
         likeliest = [{"id": id, "token": tokenizer.decode([id]), "logprob": value} for id, value in token.likeliest]
         line: dict[str, Any] = {
             "row": token.row,
             "id": token.id,
             "token": tokenizer.decode([token.id]),
             "logprob": token.logprob,
+            "text": text,
+            "likeliest": likeliest,
         }
-        stream, written[token.row] = streams[token.row], written[token.row] + 1
-        text = stream.push(token.id)
-        if written[token.row] == settings.max_new_tokens or token.id in settings.end_tokens:
-            text += stream.flush()
-        line |= {"text": text, "likeliest": likeliest}
         typer.echo(json.dumps(line, ensure_ascii=False))
 
 
-def _write_texts(pieces: Iterable[tuple[int, str]], rows: int) -> None:
+def _write_texts(pieces: Iterable[tuple[Token, str]], rows: int) -> None:
     """A single row as it comes, several in their order at the end; Ctrl-C keeps what was written."""
     written, is_interrupted = [""] * rows, False
     try:
-        for row, piece in pieces:
-            written[row] += piece
-            if rows == 1:
-                typer.echo(piece, nl=False)
+        for token, text in pieces:
+            written[token.row] += text
+            if rows == 1 and text:
+                typer.echo(text, nl=False)
     except KeyboardInterrupt:
         is_interrupted = True
     if rows == 1:

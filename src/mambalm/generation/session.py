@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mambalm.generation import state_file
-from mambalm.generation.engine import Engine, Settings, read
+from mambalm.generation.engine import Engine, Settings, Token, read
 from mambalm.generation.fingerprint import Fingerprint
 from mambalm.generation.reading import check_prompts, chosen_chunk_size, no_numbers, require_ours
 from mambalm.generation.sampling import NO_TOKEN, Chooser
 from mambalm.generation.snapshot import Snapshot
-from mambalm.generation.text import TextStream
+from mambalm.generation.text import TextStream, texts_of
+from mambalm.layers.state import State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -275,19 +275,19 @@ def continue_texts(
     settings: Settings,
     stop: Sequence[str] = (),
     store: PrefixStore | None = None,
-) -> Iterator[tuple[int, str]]:
-    """Continue each text behind what the session has read, in a fork of its own; yield (row, text) as it comes.
+) -> Iterator[tuple[Token, str]]:
+    """Continue each text behind what the session has read, as a batch; yield each token, with the text it made certain.
 
     Rows are those of `Settings.copies`. Behind something a text joins on without a special token before it, and an
-    empty one continues the session as it is. With a store, what it has of a text is not read again, and the states
-    after the text and at some `Session.chunk_ends` of it are kept.
+    empty one continues the session as it is, which stays where it was. With a store, what it has of a text is not read
+    again, and the states after the text and at some `Session.chunk_ends` of it are kept.
 
     Raises:
-        ValueError: see `Session.write_text`.
+        ValueError: the session has no tokenizer, a text and the session have no tokens, or see `Engine.generate`.
     """
     if session.tokenizer is None:
         raise ValueError("the session has no tokenizer to read text with: give it one")
-    seeds = settings.seeds(len(texts) * settings.copies)
+    streams, rows = list[TextStream](), list[Snapshot]()
     for number, text in enumerate(texts):
         behind = session.fork()
         tokens = session.tokenizer(text, add_special_tokens=not session.position, verbose=False)["input_ids"]
@@ -295,6 +295,15 @@ def continue_texts(
             behind.read(tokens)
         else:
             store.read(behind, tokens, behind.chunk_ends(len(tokens)))
-        for row in range(number * settings.copies, (number + 1) * settings.copies):
-            for piece in behind.fork().write_text(replace(settings, seed=seeds[row]), stop, tokens):
-                yield row, piece
+        if behind.snapshot.logits is None:
+            raise ValueError(
+                f"prompt {number + 1} has no tokens; give it at least one, such as the start-of-text token"
+            )
+        rows += [behind.snapshot] * settings.copies
+        streams += [TextStream(session.tokenizer, tokens, stop) for _ in range(settings.copies)]
+    logits = torch.cat([row.logits for row in rows if row.logits is not None])
+    seen = torch.stack([row.counts > 0 for row in rows]) if settings.sampling.penalizes else None
+    chooser = session.engine.chooser(len(rows), settings, seen)
+    state = State.cat([row.state for row in rows])
+    tokens_written = session.engine.go_on(logits, state, chooser, settings, lambda row: streams[row].stopped)
+    yield from texts_of(tokens_written, streams, settings)

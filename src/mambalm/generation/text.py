@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from mambalm.generation.engine import Settings, decode
+from mambalm.generation.engine import Engine, Settings, Token
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -136,12 +136,32 @@ def generate(
     """
     if isinstance(prompts, str):
         raise TypeError("prompts is a string: give a list of texts, such as [prompt]")
+    for token, text in generate_with_tokens(Engine(model), tokenizer, prompts, settings, stop):
+        if text:
+            yield token.row, text
+
+
+def generate_with_tokens(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    settings: Settings,
+    stop: Sequence[str] = (),
+) -> Iterator[tuple[Token, str]]:
+    """As `generate`; yield each token, with the text that it made certain."""
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     streams = [TextStream(tokenizer, ids, stop) for ids in encoded for _ in range(settings.copies)]
     ids = [torch.tensor(row, dtype=torch.long) for row in encoded]
-    for row, token in decode(model, ids, settings, lambda row: streams[row].stopped):
-        if token not in settings.end_tokens and (text := streams[row].push(token)):
-            yield row, text
-    for row, stream in enumerate(streams):
-        if text := stream.flush():
-            yield row, text
+    yield from texts_of(engine.generate(ids, settings, lambda row: streams[row].stopped), streams, settings)
+
+
+def texts_of(tokens: Iterable[Token], streams: Sequence[TextStream], settings: Settings) -> Iterator[tuple[Token, str]]:
+    """Each token with the text that it made certain in its row's stream, a row's last with all that was held back."""
+    written = [0] * len(streams)
+    for token in tokens:
+        stream, is_end = streams[token.row], token.id in settings.end_tokens
+        written[token.row] += 1
+        text = "" if is_end else stream.push(token.id)
+        if is_end or written[token.row] == settings.max_new_tokens:
+            text += stream.flush()
+        yield token, text
