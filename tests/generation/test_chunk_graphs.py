@@ -54,6 +54,13 @@ def test_the_least_recent_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
         assert graphs.read(tokens(1, 6), model.init_state(1)) is None
 
 
+def test_attention_is_read_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_graphs, "_Chunk", Eager)
+    model = FAMILIES["hybrid"].model()
+    graphs = chunk_graphs.ChunkGraphs(model, None)
+    assert [graphs.read(tokens(1, 4), model.init_state(1)) for _ in range(3)] == [None] * 3
+
+
 class Slow:
     """In a graph's place: its memory, and the time that it takes."""
 

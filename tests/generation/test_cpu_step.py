@@ -57,6 +57,19 @@ def test_the_step_is_the_model(name: str, wide: bool, rows: int) -> None:
     assert state_error(before, kept) == 0
 
 
+@pytest.mark.parametrize("name", STOCK)
+@torch.no_grad()
+def test_a_state_that_was_given_out_stays_as_it_is(name: str) -> None:
+    model = FAMILIES[name].model()
+    step = CPUStep(model, model.init_state(2))
+    step(tokens(2))
+    state = step.state()
+    kept = state.clone()
+    step(tokens(2, seed=2))
+    step.reorder(torch.tensor([1, 0]))
+    assert state_error(state, kept) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision_is_no_worse_than_the_model(dtype: torch.dtype) -> None:

@@ -59,6 +59,30 @@ def test_logits_that_are_no_numbers_are_refused(tiny_model: PreTrainedModel, chu
         read(tiny_model, PROMPTS, state, chunk_size=chunk_size)
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_infinite_logits_are_refused_as_well(tiny_model: PreTrainedModel, value: float) -> None:
+    def overflows(module: object, arguments: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor([7]), value)
+
+    handle = tiny_model.lm_head.register_forward_hook(overflows)
+    with pytest.raises(ValueError, match="logits after prompt 1 are NaN or infinite"):
+        read(tiny_model, PROMPTS)
+    value = -torch.inf  # a token that is forbidden
+    assert read(tiny_model, PROMPTS)[0][:, 7].tolist() == [value] * 3
+    handle.remove()
+
+
+def test_the_end_tokens_are_those_of_the_generation_configuration() -> None:
+    model = FAMILIES["mamba"].model()
+    model.config.eos_token_id = 4
+    model.generation_config.eos_token_id = [3, 5]
+    assert end_tokens(model) == {3, 5}
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model) == {4}
+    model.config.eos_token_id = None
+    assert end_tokens(model) == frozenset()
+
+
 def test_activation_memory_is_that_of_a_chunk(tiny_model: PreTrainedModel) -> None:
     lengths = []
     handle = tiny_model.backbone.register_forward_pre_hook(

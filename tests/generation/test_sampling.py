@@ -76,6 +76,12 @@ def test_min_p_acts_whatever_top_k_is() -> None:
         assert set(draw(logits, Sampling(temperature=1, top_k=top_k, min_p=0.4))) == {1, 3}
 
 
+def test_min_p_comes_behind_top_p() -> None:
+    """As in transformers: the other way round the third token would be lost."""
+    logits = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]]).log().repeat(300, 1)
+    assert set(draw(logits, Sampling(temperature=1.0, top_p=0.8, min_p=0.3))) == {0, 1, 2}
+
+
 def test_repetition_penalty_moves_both_signs_down_and_only_tokens_seen() -> None:
     logits, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False, False]])
     assert penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
