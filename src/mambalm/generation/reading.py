@@ -60,7 +60,7 @@ def read(
         The logits (b, v) after each row's last token, and the state there.
 
     Raises:
-        ValueError, TypeError: a prompt is empty or no tensor (l), or a token id is outside of the model's vocabulary.
+        ValueError, TypeError: a prompt is empty or no tensor of integers (l), or a token id is outside of the model's vocabulary.
         ValueError: logits are NaN or infinite.
     """
     check_prompts(model, prompts)
@@ -148,6 +148,8 @@ def check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor] | Tensor)
         if not isinstance(prompt, Tensor) or prompt.ndim != 1:
             given = f"shape {tuple(prompt.shape)}" if isinstance(prompt, Tensor) else type(prompt).__name__
             raise TypeError(f"prompt {row + 1} must be a tensor of token ids (l), got {given}")
+        if prompt.is_floating_point() or prompt.dtype == torch.bool:
+            raise TypeError(f"prompt {row + 1} must hold token ids, integers, got {prompt.dtype}")
         if prompt.is_floating_point():
             raise TypeError(f"prompt {row + 1} is {prompt.dtype}; token ids are integers, as torch.long")
         if not len(prompt):
