@@ -81,6 +81,13 @@ def test_greedy_tokens_are_those_of_generate(tiny_model: PreTrainedModel) -> Non
         assert tokens == expected[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_token_ids_of_any_integers(tiny_model: PreTrainedModel, dtype: torch.dtype) -> None:
+    settings = Settings(max_new_tokens=6, sampling=Sampling(repetition_penalty=1.3))
+    expected = continuations(tiny_model, PROMPTS, settings)
+    assert continuations(tiny_model, [prompt.to(dtype) for prompt in PROMPTS], settings) == expected
+
+
 def test_each_row_stops_by_itself(tiny_model: PreTrainedModel) -> None:
     free = continuations(tiny_model, PROMPTS, Settings(max_new_tokens=8))
     # The third token of the first row ends whichever row comes to it.

@@ -171,7 +171,7 @@ class Engine:
         if settings.sampling.penalizes:
             seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
             for row, prompt in zip(seen, (prompts[i] for i in copied.tolist()), strict=True):
-                row[prompt.to(seen.device)] = True
+                row[prompt.to(seen.device, torch.long)] = True
         chooser = self.chooser(len(logits), settings, seen)
         yield from self.go_on(logits, state, chooser, settings, is_finished)
 

@@ -60,7 +60,8 @@ def read(
         The logits (b, v) after each row's last token, and the state there.
 
     Raises:
-        ValueError, TypeError: a prompt is empty or no tensor of integers (l), or a token id is outside of the model's vocabulary.
+        ValueError, TypeError: a prompt is empty or no tensor of integers (l), or a token id is outside of the model's
+            vocabulary.
         ValueError: logits are NaN or infinite.
     """
     check_prompts(model, prompts)
