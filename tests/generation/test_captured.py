@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,6 +183,22 @@ def test_what_was_broken_off_leaves_nothing_behind(error: type[BaseException] | 
             list(broken)
     assert list(one.generate(PROMPTS, settings)) == expected
     assert sum(map(len, one.graphs._idle.values())) == graphs  # type: ignore[union-attr]
+
+
+def test_interrupted_while_it_moves_no_graph_is_given_back_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs would then share its memory."""
+    one, give_back, given, asked = Engine(lively("mamba2")), steps.Graphs.give_back, [], itertools.count()
+
+    def interrupted(graphs: steps.Graphs, captured: steps.Captured, plan: Any) -> None:
+        give_back(graphs, captured, plan)
+        given.append(captured)
+        if len(given) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps.Graphs, "give_back", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(one.generate(PROMPTS, Settings(max_new_tokens=9), lambda row: row < 2 and next(asked) > 4))
+    assert len(given) == len(set(map(id, given))) == 2
 
 
 def test_logits_that_become_no_numbers_are_told() -> None:

@@ -86,7 +86,7 @@ class CapturedRun:
             self._captured = self._loaded()
             self._step(self._captured)
         if self._captured is not None and not is_last:
-            self._captured = self._moved(self._captured)
+            self._move(self._captured)
             self._step(self._captured)
         arrival = self._arrivals.popleft()
         arrival.event.synchronize()
@@ -126,16 +126,16 @@ class CapturedRun:
             slot_of = dict(zip(self._rows, self._slots, strict=True))
             self._rows, self._slots = rows, [slot_of[row] for row in rows]
 
-    def _moved(self, before: Captured) -> Captured:
-        """The smallest graph that holds the rows, with more room where there is none left."""
+    def _move(self, before: Captured) -> None:
+        """Take the smallest graph that holds the rows, and one with more room where there is none left."""
         if len(self._rows) > before.size // 2 and not before.owned.is_full:
-            return before
+            return
         after = self._graphs.take(len(self._rows), self._plan, before.owned.longest)
         slots = torch.tensor(self._slots, device=before.tokens.device)
         after.load(before.tokens[slots], before.state(slots), before.chooser(slots))
+        # In this order: interrupted in between, a graph is lost, and never given back twice.
+        self._captured, self._slots = after, list(range(len(self._rows)))
         self._graphs.give_back(before, self._plan)
-        self._slots = list(range(len(self._rows)))
-        return after
 
     def close(self) -> None:
         """Let others use the graph."""
