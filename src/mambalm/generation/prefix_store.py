@@ -70,7 +70,7 @@ class PrefixStore:
             session: what it has read before counts as part of the prefix.
             tokens: what it reads.
             boundaries: numbers of these tokens after which to keep the state as well, such as the length of the
-                part that many prompts share.
+                part that many prompts share; what is not behind the known ones and within the tokens is passed over.
 
         Returns:
             The number of tokens that the session did not have to read.
