@@ -198,6 +198,8 @@ def test_generate_reads_on_from_what_the_prefix_store_has(tiny_checkpoint: Path,
         told = f"prefix store: {sum(found)} of {sum(tokens)} tokens were known, in {hits} of 3 prompts; "
         assert told in result.stderr
         assert ("; 0 states added, 0 removed" in result.stderr) == bool(repetition)
+    result = call("generate", tiny_checkpoint, "fox", *options[:-1], tmp_path / "tiny", "--prefix-store-gib", "1e-8")
+    assert "; 0 states added, 0 removed, 1 were larger than the bound" in result.stderr
 
 
 def test_generate_keeps_what_was_written_before_ctrl_c(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 def generate(
     model: Model,
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue; - reads standard input.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue; - reads standard input.")
     ] = None,
     prompt_file: Annotated[list[Path] | None, typer.Option(help="A file to continue; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 256,

@@ -103,7 +103,8 @@ def told(store: PrefixStore) -> str:
     counts = store.counts
     known = f"{counts.found:,} of {counts.asked:,} tokens were known, in {counts.hits} of {counts.lookups} prompts"
     damaged = f", {counts.damaged} were damaged" if counts.damaged else ""
-    return f"prefix store: {known}; {counts.stored} states added, {counts.evicted} removed{damaged}"
+    too_large = f", {counts.too_large} were larger than the bound" if counts.too_large else ""
+    return f"prefix store: {known}; {counts.stored} states added, {counts.evicted} removed{damaged}{too_large}"
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

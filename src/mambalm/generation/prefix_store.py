@@ -34,6 +34,7 @@ class Counts:
         found: those of them that did not have to be read.
         stored, evicted, damaged: entries written, removed for the bound, and those that could not be read, which are
             removed where the folder can be written to.
+        too_large: states that were not stored since the bound holds none so large.
     """
 
     lookups: int = 0
@@ -43,6 +44,7 @@ class Counts:
     stored: int = 0
     evicted: int = 0
     damaged: int = 0
+    too_large: int = 0
 
 
 class PrefixStore:
@@ -122,6 +124,7 @@ class PrefixStore:
         session.save(temporary)
         if temporary.stat().st_size > self._max_bytes:
             temporary.unlink()
+            self.counts.too_large += 1
             return False
         os.replace(temporary, path)
         self.counts.stored += 1
