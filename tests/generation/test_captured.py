@@ -185,6 +185,18 @@ def test_what_was_broken_off_leaves_nothing_behind(error: type[BaseException] | 
     assert sum(map(len, one.graphs._idle.values())) == graphs  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("family", ["mamba2", "hybrid"])
+def test_rows_that_stop_at_their_first_token_leave_the_others_as_they_are(family: str) -> None:
+    """Before a graph is loaded."""
+    model = lively(family)
+    way = Sampling(temperature=3.0, top_k=20, repetition_penalty=1.5, frequency_penalty=0.9)
+    settings = Settings(max_new_tokens=8, sampling=way, seed=3)
+    free, found = rows_of(model, settings), [[] for _ in PROMPTS]  # type: tuple[list[list[int]], list[list[int]]]
+    for token in Engine(model).generate(PROMPTS, settings, lambda row: row == 0):
+        found[token.row].append(token.id)
+    assert found == [free[0][:1], *free[1:]]
+
+
 def test_interrupted_while_it_moves_no_graph_is_given_back_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs would then share its memory."""
     one, give_back, given, asked = Engine(lively("mamba2")), steps.Graphs.give_back, [], itertools.count()
