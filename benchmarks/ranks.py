@@ -55,7 +55,7 @@ class Job:
             RuntimeError: it failed, or took too long, before it printed any; the end of what it said.
         """
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(len(gpus))]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "OMP_NUM_THREADS": "4"}
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": _visible(gpus), "OMP_NUM_THREADS": "4"}
         try:
             done = subprocess.run(
                 [*command, "-m", module, *arguments],
@@ -85,6 +85,17 @@ class Job:
         mode = {1: "single", 2: "fsdp"}.get(len(gpus), "hsdp")
         job |= {"mode": mode, "device": self.device} | ({"shard_size": 2} if mode == "hsdp" else {})
         return self.launch(gpus, "tests.training.spread", str(self.folder / name), json.dumps([job]))[-1]
+
+
+def _visible(gpus: Sequence[int]) -> str:
+    """The names of GPUs, counted among those that we see ourselves."""
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = ours.split(",") if ours else [str(gpu) for gpu in range(max(gpus) + 1)]
+    if max(gpus) >= len(names):
+        raise RuntimeError(
+            f"GPU {max(gpus)} is asked for, and CUDA_VISIBLE_DEVICES={ours} shows {len(names)}: use --gpus"
+        )
+    return ",".join(names[gpu] for gpu in gpus)
 
 
 def _text(output: str | bytes | None) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.__main__ import run, wrong_tensors
 from benchmarks.cases import CPU_CASES, GPU_CASES, Case
 from benchmarks.peers import beside, draw
+from benchmarks.ranks import _visible
 from benchmarks.timing import device_ms
 from mambalm.ops.backends import OPS
 
@@ -96,3 +97,12 @@ def test_device_time_has_no_host_time_in_it(host: float, waits: bool, monkeypatc
     else:
         with warnings.catch_warnings(action="error"):
             assert device_ms(backward) == pytest.approx(0.25)
+
+
+def test_ranks_use_the_gpus_that_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _visible([0, 3]) == "0,3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert _visible([0, 1]) == "2,5"
+    with pytest.raises(RuntimeError, match="GPU 2 is asked for, and CUDA_VISIBLE_DEVICES=2,5 shows 2"):
+        _visible([1, 2])

@@ -106,7 +106,7 @@ def test_why_not(single: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> 
         found[:] = [mine, "another host" if mine == socket.gethostname() else mine]
 
     monkeypatch.setattr(dist, "all_gather_object", of_two)
-    assert refusal(TWO, torch.device("cuda", 0)) == "they are on 2 hosts"
+    assert refusal(TWO, torch.device("cuda", 0)) == "they are on 2 hosts (parallel.mode=hsdp shards within each)"
 
 
 def test_what_is_not_by_copies_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

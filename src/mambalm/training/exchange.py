@@ -46,7 +46,7 @@ def _unreachable(ranks: dist.ProcessGroup, device: torch.device) -> str | None:
     hosts: list[str | None] = [None] * ranks.size()
     dist.all_gather_object(hosts, socket.gethostname(), group=ranks)
     if len(set(hosts)) > 1:
-        return f"they are on {len(set(hosts))} hosts"
+        return f"they are on {len(set(hosts))} hosts (parallel.mode=hsdp shards within each)"
     if device.type != "cuda":
         return f"they are on {device.type}"
     for other in range(torch.cuda.device_count()):
