@@ -15,6 +15,8 @@ triton = pytest.importorskip("triton")
 from mambalm.ops import triton_repeats, triton_sums, triton_support  # noqa: E402
 from mambalm.ops.causal_conv1d import triton as convolution  # noqa: E402
 from mambalm.ops.rms_norm import triton as norm  # noqa: E402
+from mambalm.ops.selective_scan import _launch as scan_launch  # noqa: E402
+from mambalm.ops.selective_scan import triton as scan  # noqa: E402
 from mambalm.ops.ssd import _gluon_kernels, gluon  # noqa: E402
 from mambalm.ops.ssd import triton as plain  # noqa: E402
 from tests.ops import gluon_interpreter  # noqa: E402
@@ -72,7 +74,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, device: str) -> list[str]:
             notes.launched(again, values)
         return None
 
-    for module in (gluon, plain, triton_sums, convolution, norm):
+    for module in (gluon, plain, triton_sums, convolution, norm, scan_launch):
         monkeypatch.setattr(module, "launch", launch)
     if device == "cpu":
         monkeypatch.setattr(gluon, "processors", lambda device: 3)
@@ -131,25 +133,27 @@ def test_other_ops(device: str, launched: list[str]) -> None:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device)
 
-    for _ in range(2):
-        x, weight, bias, state = drawn(2, 9, 8)[..., 4:], drawn(4, 3), drawn(4), drawn(2, 4, 2)
-        dy = drawn(2, 9, 4)
-        found = [
-            *convolution.forward(x, weight, bias, True, state, None),
-            *convolution.backward(dy, None, x, weight, bias, True, state, None),
-            *norm.forward(x, bias, dy, None, 1e-5, 2, torch.float32),
-            *norm.backward(dy, None, x, bias, x + 1, 1e-5, 2),
+    def all_of(x: Tensor, dy: Tensor, taps: Tensor, bias: Tensor, state: Tensor, A: Tensor) -> list[Tensor | None]:
+        gate = x + 1
+        scanned = (x, gate, A, x[:, :, None] * 2, x[:, :, None] * 3, bias, None, bias + 1, True, None, None)
+        y, final, checkpoints = scan.forward(*scanned, save=True)
+        return [
+            *convolution.forward(x, taps, bias, True, state, None),
+            *convolution.backward(dy, None, x, taps, bias, True, state, None),
+            *norm.forward(x, bias, gate, None, 1e-5, 2, torch.float32),
+            *norm.backward(dy, None, x, bias, gate, 1e-5, 2),
+            *(y, final, checkpoints),
+            *scan.backward(dy, final, *scanned, checkpoints),
         ]
+
+    for _ in range(2):
+        given = (drawn(2, 9, 8)[..., 4:], drawn(2, 9, 4), drawn(4, 3), drawn(4), drawn(2, 4, 2), -drawn(4, 4).abs())
+        found = all_of(*given)
         before, launched[:] = list(launched), []
     assert before == [], "what was noted was not used"
     triton_repeats._plans.clear()
-    again = [
-        *convolution.forward(x, weight, bias, True, state, None),
-        *convolution.backward(dy, None, x, weight, bias, True, state, None),
-        *norm.forward(x, bias, dy, None, 1e-5, 2, torch.float32),
-        *norm.backward(dy, None, x, bias, x + 1, 1e-5, 2),
-    ]
-    assert len(launched) == 4
+    again = all_of(*given)
+    assert len(launched) == 7
     for result, exact in zip(found, again, strict=True):
         assert (result is None) == (exact is None)
         assert result is None or torch.equal(result, exact)
