@@ -17,9 +17,9 @@ that leave them, all kept as float16 with a power of two for each. A program fol
 
 Then `chunks` makes, from these, the gradients of one chunk and some heads of a group: dx, the sums over these heads for
 dB and dC, and token by token what `finish` needs. A program has three warpgroups that compute, each for all of its
-heads one after the other: one sums dC and what the outputs read from the state that enters, one sums dB and what passes
-through the chunk, one makes dx and all that stays within the chunk. A warp copies tiles in, STAGES heads ahead, another
-makes their decays. All its tiles are 64 x 64.
+heads one after the other: one sums dC and what the outputs read from the state that enters and from their own inputs,
+one sums dB and what passes through the chunk, one makes dx and all else that stays within the chunk. A warp copies
+tiles in, STAGES heads ahead, another makes their decays. All its tiles are 64 x 64.
 """
 
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -608,12 +608,13 @@ def weigh_heads(
 
 @gluon.jit
 def sum_pairs(
-    out, sums, inputs, states, lines, places, own, others, dscores, full, empty, ready,
+    out, sums, skips, inputs, states, lines, places, own, others, dscores, full, empty, ready,
     token, left, slot, first, count, slots, group, groups, share, tokens,
     QUERIES: gl.constexpr, STAGES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
-    """QUERIES: dC, and what each output reads (heads, 3, slots, Q); otherwise dB, and what passes (heads, 1, slots,
-    P). ``own`` are the tiles of C or B, ``others`` those of B or C."""
+    """QUERIES: dC, what each output reads (heads, 3, slots, Q) and, if wanted, the products of x and dy (heads, 1,
+    slots, Q); otherwise dB, and what passes (heads, 1, slots, P). ``own`` are the tiles of C or B, ``others`` those of
+    B or C."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     inside = gl.expand_dims(gl.arange(0, Q, gl.SliceLayout(1, operand)) < left, 1)
@@ -627,6 +628,11 @@ def sum_pairs(
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
         values = inputs.index(stage * 2 + (1 if QUERIES else 0)).load(operand).to(gl.float32)
         values = gl.where(inside, values, 0.0)
+        if QUERIES:  # noqa: SIM102 (known at compile time, the other not)
+            if skips is not None:
+                x = gl.where(inside, inputs.index(stage * 2).load(operand).to(gl.float32), 0.0)
+                i_operand = gl.arange(0, Q, gl.SliceLayout(1, operand))
+                gl.store(skips + (head.to(gl.int64) * slots + slot) * Q + i_operand, gl.sum(values * x, axis=1))
         scale, inverse = fitting(gl.max(gl.abs(values), axis=1))
         values = (values * gl.expand_dims(inverse, 1)).to(gl.float16)
         factor = lines.index(k + (READ if QUERIES else KEYS)).load(gl.SliceLayout(1, layout))
@@ -674,7 +680,7 @@ def sum_pairs(
 
 @gluon.jit
 def within_chunk(
-    dx_desc, dx, crossing, writes, direct, skips,
+    dx_desc, dx, crossing, writes, direct,
     inputs, states, lines, places, keys, queries, fitted, kept, results, full, empty, ready,
     token, left, slot, first, count, slots, heads,
     STAGES: gl.constexpr, Q: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
@@ -687,7 +693,9 @@ def within_chunk(
     scores = warpgroup_mma(keys.index(0), queries.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
     scores = warpgroup_mma(keys.index(1), queries.index(1).permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    kept.store(scores)  # for want of registers
+    of = gl.expand_dims(places.load(gl.SliceLayout(1, layout)), 1)
+    to = gl.expand_dims(places.load(gl.SliceLayout(0, layout)), 0)
+    kept.store(gl.where(to >= of, scores, 0.0))  # for want of registers
     changes = gl.zeros([Q, Q], gl.float32, layout)
     for i in range(count):
         stage = i % STAGES
@@ -701,16 +709,12 @@ def within_chunk(
         start_of = gl.expand_dims(lines.index(k + SUMS).load(gl.SliceLayout(1, layout)), 1)
         start_to = gl.expand_dims(lines.index(k + SUMS).load(gl.SliceLayout(0, layout)), 0)
         size = gl.expand_dims(lines.index(k + STEP).load(gl.SliceLayout(1, layout)), 1)
-        # Loaded each time: comparisons made before the loop would be kept in registers, of which there are too few.
-        of = gl.expand_dims(places.load(gl.SliceLayout(1, layout)), 1)
-        to = gl.expand_dims(places.load(gl.SliceLayout(0, layout)), 0)
         at = (head.to(gl.int64) * slots + slot) * Q
-        between = gl.where(to >= of, gl.exp2(start_to - start_of), 0.0)
+        # Of inputs after the output it is no decay, but finite: what it is multiplied by is zero there, or made so.
+        between = gl.exp2(gl.minimum(start_to - start_of, 0.0))
         shares = gl.convert_layout((kept.load(layout) * between).to(gl.bfloat16), operand)
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
         weights = warpgroup_mma_wait(0, deps=[weights])
-        if skips is not None:
-            gl.store(skips + at + i_row, gl.sum(gl.where(to == of, weights, 0.0), axis=1))
         weights *= between
         changes += weights * size
         weights *= kept.load(layout)
@@ -748,7 +752,10 @@ def within_chunk(
             copy_out(dx_desc, [token, head * P], results)
     tma.store_wait(0)
     barrier()
-    results.store(changes.to(gl.bfloat16))
+    # Loaded again: kept, the comparisons would take registers, of which there are too few.
+    of = gl.expand_dims(places.load(gl.SliceLayout(1, layout)), 1)
+    to = gl.expand_dims(places.load(gl.SliceLayout(0, layout)), 0)
+    results.store(gl.where(to >= of, changes, 0.0).to(gl.bfloat16))
     fence_async_shared()
     barrier()
     mbarrier.arrive(ready.index(0), count=1)
@@ -804,7 +811,7 @@ def chunks(
             (
                 within_chunk,
                 (
-                    dx_desc, dx, crossing, writes, direct, skips,
+                    dx_desc, dx, crossing, writes, direct,
                     inputs, states, lines, places, keys, queries, fitted, scores.index(0), results.index(0),
                     full, empty, ready, token, left, slot, first, count, slots, heads, STAGES, Q, P, N,
                 ),
@@ -812,15 +819,15 @@ def chunks(
             (
                 sum_pairs,
                 (
-                    dC, crossing, inputs, states, lines, places, queries, keys, results.index(0), full, empty, ready,
-                    token, left, slot, first, count, slots, group, groups, share, tokens, True, STAGES, Q, P, N,
+                    dC, crossing, skips, inputs, states, lines, places, queries, keys, results.index(0), full, empty,
+                    ready, token, left, slot, first, count, slots, group, groups, share, tokens, True, STAGES, Q, P, N,
                 ),
             ),
             (
                 sum_pairs,
                 (
-                    dB, passed, inputs, states, lines, places, keys, queries, results.index(0), full, empty, ready,
-                    token, left, slot, first, count, slots, group, groups, share, tokens, False, STAGES, Q, P, N,
+                    dB, passed, skips, inputs, states, lines, places, keys, queries, results.index(0), full, empty,
+                    ready, token, left, slot, first, count, slots, group, groups, share, tokens, False, STAGES, Q, P, N,
                 ),
             ),
             (
