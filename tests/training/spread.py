@@ -6,8 +6,6 @@ The main rank prints what it saw of each job as one line of JSON. Keys of a job:
     device          "cpu" or "cuda", of the first job for all
     mode, shard_size, checkpointing, compile, precision   as in a recipe
     family, vocabulary, start, adapter   the model: new, or a checkpoint, with adapters if so
-    nccl            GPUs exchange shards by NCCL
-    exchanged       shards are exchanged by copies, in files that both ranks map
     packed          rows are documents of one sequence
     steps, save_at, save_always   until which step, and after which of them it saves, besides the last
     die, kill       after which step the last rank fails, and whether by SIGKILL
@@ -21,18 +19,14 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.distributed as dist
 from transformers import Mamba2Config, MambaConfig
 
 from mambalm import load
 from mambalm.models import HybridConfig, Mamba2ForCausalLM, MambaForCausalLM, MambaHybridForCausalLM
-from mambalm.training import exchange, parallelism
 from mambalm.training.adapters import Adapter, put_on
 from mambalm.training.checkpoint import Checkpoints
 from mambalm.training.distributed import Ranks, ranks
@@ -74,37 +68,6 @@ def made(job: dict[str, Any], section: ParallelSection) -> Any:
         return network(job.get("family", "mamba"), job.get("vocabulary", VOCABULARY))
 
 
-class Mapped:
-    """`exchange.Shared` of processes that have no GPU: a file of each is mapped by all."""
-
-    made = 0
-
-    def __init__(self, count: int, dtype: torch.dtype, device: torch.device, taking_part: dist.ProcessGroup) -> None:
-        """As `exchange.Shared`."""
-        Mapped.made += 1
-        name = f"mapped-{os.environ['TORCHELASTIC_RUN_ID']}-{Mapped.made}"
-        everyone = dist.get_process_group_ranks(taking_part)
-        paths = [Path(tempfile.gettempdir(), f"{name}-{rank}") for rank in everyone]
-        mine, self._ranks = paths[taking_part.rank()], taking_part
-        self.own = torch.from_file(str(mine), shared=True, size=count, dtype=dtype)
-        self.meet()
-        every = [torch.from_file(str(path), shared=True, size=count, dtype=dtype) for path in paths]
-        self.of = [each.view(len(every), -1) for each in every]
-        self.meet()
-        mine.unlink()
-
-    def meet(self) -> None:
-        """As `exchange.Shared`."""
-        dist.barrier(self._ranks)
-
-
-def exchange_by_copies(network: Any) -> None:
-    """As on GPUs."""
-    exchange.Shared = Mapped  # type: ignore[assignment, misc]
-    groups: Any = [next(parallelism._large(block)) for block in network.backbone.layers]
-    exchange.by_copies(groups, groups[0].weight.device_mesh.get_group("shard"), sums=True)
-
-
 class SmallRun:
     """A model on its ranks, and its steps over tokens that depend on the step alone."""
 
@@ -116,13 +79,7 @@ class SmallRun:
         section = section_of(job)
         self.network = made(job, section)
         self.adapted = put_on(self.network, Adapter(rank=2, alpha=4)) if job.get("adapter") else None
-        refuse = (lambda *_: "the test asks") if job.get("nccl") else exchange.refusal
-        watched = mock.patch.object(parallelism, "by_copies", wraps=exchange.by_copies)
-        with watched as by_copies, mock.patch.object(parallelism, "refusal", refuse):
-            self.model = parallelise(self.network, section, self.policy, taking_part)
-        self.by_copies = by_copies.call_count
-        if job.get("exchanged"):
-            exchange_by_copies(self.network)
+        self.model = parallelise(self.network, section, self.policy, taking_part)
         self.stepper = Stepper(adamw(self.model), 0.5, self.policy.autocast, self.policy.scaler)
         self.step = 0
 
@@ -209,8 +166,6 @@ def work(folder: Path, job: dict[str, Any], taking_part: Ranks) -> dict[str, Any
                 raise RuntimeError(f"rank {taking_part.rank} fails as the test asks")
     if job.get("overflow"):
         found |= run.overflow()
-    if "nccl" in job or taking_part.device.type == "cuda":
-        found["by_copies"] = run.by_copies
     if run.adapted is not None:
         found["frozen_changed"] = run.changed_beneath(job["start"])
     if not job.get("save_always"):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import MambaConfig
 
@@ -82,8 +81,6 @@ PAIR: dict[str, dict[str, Any]] = {
     "copies": {"mode": "ddp", "steps": 4},
     "v100 ddp": {"mode": "ddp", "steps": 1, "precision": "v100"},
     "v100 fsdp": {"mode": "fsdp", "steps": 1, "precision": "v100"},
-    "sharded": {"mode": "fsdp", "steps": 4, "precision": "bf16"},
-    "exchanged": {"mode": "fsdp", "steps": 4, "precision": "bf16", "exchanged": True},
     "overflow": {"mode": "fsdp", "steps": 1, "precision": "fp16", "overflow": True},
 } | {f"packed {name}": job | {"packed": True, "steps": 3} for name, job in PACKED.items()}
 
@@ -112,26 +109,10 @@ def test_copies_learn_what_one_does(alone: dict[str, Any], pair: dict[str, dict[
     same(pair["copies"], alone)
 
 
-def test_shards_exchanged_by_copies_learn_the_same_bits(pair: dict[str, dict[str, Any]]) -> None:
-    assert pair["exchanged"] == pair["sharded"]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_gpus_exchange_by_copies_what_nccl_does(tmp_path: Path) -> None:
-    job: dict[str, Any] = {"mode": "fsdp", "steps": 6, "precision": "bf16", "device": "cuda"}
-    copies, nccl = found(tmp_path, 2, job | {"folder": str(tmp_path / "copies")}, job | {"nccl": True})
-    assert (copies["by_copies"], nccl["by_copies"]) == (1, 0)
-    for name in ("losses", "norms"):
-        assert copies[name] == pytest.approx(nccl[name], rel=1e-6)
-
-
 def test_a_run_goes_on_sharded_over_more_and_more_ranks(alone: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "step-2", tmp_path / "step-2")
     [two] = found(tmp_path, 2, {"steps": 4, "mode": "fsdp", "checkpointing": "full"})
-    [four] = found(
-        tmp_path, 4, {"steps": 6, "mode": "hsdp", "shard_size": 2, "checkpointing": "selective", "exchanged": True}
-    )
+    [four] = found(tmp_path, 4, {"steps": 6, "mode": "hsdp", "shard_size": 2, "checkpointing": "selective"})
     one = work(tmp_path, {"steps": 8}, Ranks())
     for part, first in ((two, 2), (four, 4), (one, 6)):
         assert (part["first"], len(part["losses"])) == (first, 2)

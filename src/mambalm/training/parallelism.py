@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -19,7 +18,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mambalm.layers import Block, Mamba, Mamba2
 from mambalm.models.common import MambalmForCausalLM
 from mambalm.training.distributed import Ranks
-from mambalm.training.exchange import by_copies, refusal
 from mambalm.training.parts import put_parts, take_parts
 from mambalm.training.precision import Policy
 
@@ -153,22 +151,7 @@ def _shard(network: MambalmForCausalLM, mesh: DeviceMesh, precision: Policy, see
         group.set_modules_to_forward_prefetch([following])
     fully_shard(network, mesh=mesh, mp_policy=full)
     put_parts(network, parts, precision.device)
-    if precision.device.type == "cuda":
-        _exchange(groups, mesh.get_group("shard"), precision)
     return network
-
-
-def _exchange(groups: list[Any], ranks: ProcessGroup, precision: Policy) -> None:
-    """By copies where that can be, else by NCCL's kernels."""
-    reason = refusal(ranks, precision.device) if ranks.size() > 1 else None
-    if reason is None:
-        by_copies(groups, ranks, sums=precision.reduce_dtype == torch.float32)
-    elif ranks.rank() == 0:
-        warnings.warn(
-            f"parallel.mode shards over GPUs that do not exchange by copies, since {reason}: NCCL's kernels do, which "
-            "take multiprocessors from the products",
-            stacklevel=2,
-        )
 
 
 def _large(block: Block) -> Iterator[nn.Module]:
