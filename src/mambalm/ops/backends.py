@@ -301,11 +301,14 @@ def _is_tracked(tensor: Tensor) -> bool:
     return True
 
 
-def exact(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def exact(device: torch.device) -> Iterator[None]:
     """Keep autocast out of a backend: it says itself what is rounded."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,5 @@
 """What the backends in Gluon share: when they can run, and what differs between versions of Triton's lower level."""
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -34,15 +33,8 @@ def unsupported(device: torch.device, suits: Callable[[tuple[int, int]], bool], 
     """Why no Gluon kernel can run on a device: none here, or a GPU whose compute capability does not suit; or None."""
     if triton.knobs.runtime.interpret:
         return "Gluon does not run in Triton's interpreter"
-    if torch.version.hip is not None or device.type != "cuda":
+    if torch.version.hip is not None or device.type != "cuda" or not torch.cuda.is_available():
         return "it needs an NVIDIA GPU"
-    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):
-        return "it needs an NVIDIA GPU"
-    if not suits(_capability(torch.cuda.current_device() if device.index is None else device.index)):
+    if not suits(torch.cuda.get_device_capability(device)):
         return f"it needs an NVIDIA GPU of compute capability {wanted}"
     return None
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)

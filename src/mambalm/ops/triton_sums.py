@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambalm.ops.triton_support import ceil_div, empty, launch, on
+from mambalm.ops.triton_support import ceil_div, launch, on
 
-# Elements of a program and shares that it loads together; the same where there are few elements; and its warps.
-_WIDE, _NARROW, _FEW, _WARPS = (512, 16), (32, 256), 1024, 4
+# Elements of a program, shares that it loads together, and its warps.
+_BLOCK, _ROWS, _WARPS = 512, 16, 4
 _MOST = 5
 
 
@@ -59,22 +59,22 @@ def sums(shares: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list
     """
     there = [t for t in shares if t is not None]
     totals = [
-        None if t is None else empty(t.shape[1:], dtype, t.device) for t, dtype in zip(shares, dtypes, strict=True)
+        None if t is None else torch.empty(t.shape[1:], dtype=dtype, device=t.device)
+        for t, dtype in zip(shares, dtypes, strict=True)
     ]
     found = [t for t in totals if t is not None]
     if not there:
         return totals
     padding = _MOST - len(there)
     sizes = [t.numel() for t in found] + [0] * padding
-    block, rows = _NARROW if max(sizes) <= _FEW else _WIDE
     ends = [0]
     for size in sizes:
-        ends.append(ends[-1] + ceil_div(size, block))
+        ends.append(ends[-1] + ceil_div(size, _BLOCK))
     arguments: dict[str, Any] = {f"shares{i}": t for i, t in enumerate(there + there[:1] * padding)}
     arguments |= {f"total{i}": t for i, t in enumerate(found + found[:1] * padding)}
     arguments |= {f"rows{i}": n for i, n in enumerate([t.shape[0] for t in there] + [0] * padding)}
     arguments |= {f"size{i}": n for i, n in enumerate(sizes)} | {f"end{i}": n for i, n in enumerate(ends[1:])}
     if ends[-1]:
         with on(there[0].device):
-            launch(sum_shares, ends[-1], arguments | {"ROWS": rows, "BLOCK": block}, {"num_warps": _WARPS})
+            launch(sum_shares, ends[-1], arguments | {"ROWS": _ROWS, "BLOCK": _BLOCK}, {"num_warps": _WARPS})
     return totals

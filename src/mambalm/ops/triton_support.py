@@ -4,8 +4,6 @@ import contextlib
 import functools
 import os
 import shutil
-import threading
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,28 +81,6 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-# Of this thread, who notes what is allocated and launched (see `triton_repeats`).
-_here = threading.local()
-
-
-@contextlib.contextmanager
-def noted(notes: Any) -> Iterator[None]:
-    """Tell ``notes`` what this thread allocates by `empty` and launches inside the block."""
-    before, _here.notes = getattr(_here, "notes", None), notes
-    try:
-        yield
-    finally:
-        _here.notes = before
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new uninitialised tensor."""
-    made = torch.empty(shape, dtype=dtype, device=device)
-    if (notes := getattr(_here, "notes", None)) is not None:
-        notes.allocated(made)
-    return made
-
-
 _compiled: dict[tuple[Any, ...], Any] = {}
 _constants: dict[int, list[bool]] = {}  # of a kernel, which parameters are known at compile time
 
@@ -113,22 +89,17 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], options: dict[
     """``kernel[(programs,)](**arguments, **options)`` on the current device. Triton's own way to the compiled kernel
     takes the host longer than many a kernel takes the device; here it is one look-up."""
     values = [arguments[name] for name in kernel.arg_names]
-    notes = getattr(_here, "notes", None)
     if triton.knobs.runtime.interpret:
         kernel[(programs,)](*values, **options)
-        if notes is not None:
-            notes.complete = False  # the interpreter takes no addresses
         return
     if (constants := _constants.get(id(kernel))) is None:
         _constants[id(kernel)] = constants = [p.is_constexpr for p in kernel.params]
     kinds = [v if fixed or v is None else _kind(v) for v, fixed in zip(values, constants, strict=True)]
     key = (id(kernel), triton.runtime.driver.active.get_current_device(), *kinds, *options.values())
     if (compiled := _compiled.get(key)) is None:
-        compiled = _compiled[key] = kernel[(programs,)](*values, **options)
+        _compiled[key] = kernel[(programs,)](*values, **options)
     else:
         compiled[(programs, 1, 1)](*values)
-    if notes is not None:
-        notes.launched(compiled[(programs, 1, 1)], values)
 
 
 def _kind(value: Any) -> Any:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from mambalm.ops.backends import Call
 from mambalm.ops.causal_conv1d._triton_kernels import convolve_backward, convolve_forward
-from mambalm.ops.triton_repeats import repeat
-from mambalm.ops.triton_support import ceil_div, dense_channels, empty, launch, on, power_of_2, processors, unsupported
+from mambalm.ops.triton_support import ceil_div, dense_channels, launch, on, power_of_2, processors, unsupported
 
 # The inputs and the gradients that a program keeps in registers grow with the taps.
 _MOST_TAPS = 8
@@ -97,14 +96,9 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y (b, l, d) and the final state (s, d, k-1), both in x's dtype."""
-    return repeat(_forward, x, weight, bias, silu, initial_state, cu_seqlens)
-
-
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
     call = _Call(x, weight, bias, silu, initial_state, cu_seqlens, _FORWARD, _FORWARD_MOST_TOKENS)
-    y, final = empty(x.shape, x.dtype, x.device), empty(call.states, x.dtype, x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = torch.empty(call.states, dtype=x.dtype, device=x.device)
     states = call.states[0] if final.numel() else 0
     call.run(convolve_forward, call.chunks + states, y=y, final=final, chunks=call.chunks)
     return y, final
@@ -124,32 +118,13 @@ def backward(
 
     dy may be in parts, which are joined if there are more than PARTS, or one begins within a block of channels.
     """
-    k = weight.shape[1]
-    parts = [dy] if isinstance(dy, Tensor) else dy
-    dx, shares, dinitial = repeat(_shares, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, *parts)
-    # Summed in a fixed order, so that a run can be repeated bit for bit.
-    sums = shares.sum(0)
-    return dx, sums[:k].T.clone(memory_format=torch.contiguous_format), sums[k], dinitial
-
-
-def _shares(
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *dy: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of x and initial_state, and shares (programs, k + 1, d) in those of the taps and of bias."""
     d, k = weight.shape
     limited = x.is_cuda and torch.version.hip is None and k <= _BACKWARD_REGISTERS_TAPS
     call = _Call(x, weight, bias, silu, initial_state, cu_seqlens, _BACKWARD, _BACKWARD_MOST_TOKENS, limited)
     parts = _parts(dy)
-    dx = empty(x.shape, x.dtype, x.device)
-    dinitial = None if initial_state is None else empty(initial_state.shape, initial_state.dtype, x.device)
-    shares = empty((call.chunks, k + 1, d), torch.float32, x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    shares = torch.empty(call.chunks, k + 1, d, dtype=torch.float32, device=x.device)
     call.run(
         convolve_backward,
         call.chunks,
@@ -159,12 +134,14 @@ def _shares(
         shares=shares,
         dinitial=dinitial,
     )
-    return dx, shares, dinitial
+    # Summed in a fixed order, so that a run can be repeated bit for bit.
+    sums = shares.sum(0)
+    return dx, sums[:k].T.clone(memory_format=torch.contiguous_format), sums[k], dinitial
 
 
-def _parts(dy: Sequence[Tensor]) -> dict[str, Any]:
+def _parts(dy: Tensor | Sequence[Tensor]) -> dict[str, Any]:
     """The parts of dy, their strides, and where all but the first begin."""
-    parts = [part for part in dy if part.shape[-1]] or list(dy[:1])
+    parts = [dy] if isinstance(dy, Tensor) else [part for part in dy if part.shape[-1]]
     sizes = [part.shape[-1] for part in parts]
     if len(parts) > PARTS or any(size % _BACKWARD["BLOCK"] for size in sizes[:-1]):
         parts = [torch.cat(parts, dim=-1)]

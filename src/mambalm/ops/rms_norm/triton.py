@@ -7,8 +7,7 @@ from torch import Tensor
 
 from mambalm.ops.backends import Call
 from mambalm.ops.rms_norm._triton_kernels import norm_backward, norm_forward
-from mambalm.ops.triton_repeats import repeat
-from mambalm.ops.triton_support import ceil_div, dense_channels, empty, launch, on, power_of_2, processors, unsupported
+from mambalm.ops.triton_support import ceil_div, dense_channels, launch, on, power_of_2, processors, unsupported
 
 # A group is held in the registers of one program.
 _MOST_CHANNELS = 65536
@@ -70,22 +69,9 @@ def forward(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """y (..., d) in x's dtype, and x + residual (..., d) in ``stream_dtype``, empty without a residual or ``keep``."""
-    return repeat(_forward, x, weight, gate, residual, eps, group_size, stream_dtype, keep)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    group_size: int,
-    stream_dtype: torch.dtype,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    y = empty(x.shape, x.dtype, x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # The kernel is one whether it keeps the stream or not: the order of its sums must not depend on that.
-    stream = empty(x.shape if residual is not None and keep else (0,), stream_dtype, x.device)
+    stream = torch.empty(x.shape if residual is not None and keep else (0,), dtype=stream_dtype, device=x.device)
     inputs = {name: None if t is None else _rows(t) for name, t in (("x", x), ("gate", gate), ("residual", residual))}
     tile = _tile(group_size)
     tokens = x.numel() // x.shape[-1]
@@ -107,23 +93,6 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the ``source`` (x, or the residual stream), of weight and of gate, and the first of them once
     more in ``branch_dtype``, for what was added to the stream in that dtype."""
-    given = (dy, dstream, source, weight, gate, eps, group_size, branch_dtype)
-    dsource, shares, dgate, dbranch = repeat(_shares, *given)
-    # Summed in a fixed order, so that a run can be repeated bit for bit.
-    return dsource, None if shares is None else shares.sum(0), dgate, dbranch
-
-
-def _shares(
-    dy: Tensor,
-    dstream: Tensor | None,
-    source: Tensor,
-    weight: Tensor | None,
-    gate: Tensor | None,
-    eps: float,
-    group_size: int,
-    branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As `backward`, with the shares of programs in the weight's gradient (programs, d)."""
     d = source.shape[-1]
     tile = _tile(group_size)
     tiles = ceil_div(source.numel() // d, tile["ROWS"])
@@ -132,13 +101,14 @@ def _shares(
     warps = _BACKWARD_WARPS[gate is not None and (few or tile["PARTS"] > 1), few]
     most = processors(source.device) * max(warps // tile["num_warps"], 1)
     programs = min(tiles, ceil_div(most, d // group_size))
-    dsource = empty(source.shape, source.dtype, source.device)
-    dbranch = None if branch_dtype is None else empty(source.shape, branch_dtype, source.device)
-    dgate = None if gate is None else empty(gate.shape, gate.dtype, gate.device)
-    shares = None if weight is None else empty((programs, d), torch.float32, source.device)
+    dsource = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    dbranch = None if branch_dtype is None else torch.empty(source.shape, dtype=branch_dtype, device=source.device)
+    dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    shares = None if weight is None else torch.empty(programs, d, dtype=torch.float32, device=source.device)
     given = {"dy": dy, "dstream": dstream, "source": source, "gate": gate}
     inputs = {name: None if t is None else _rows(t) for name, t in given.items()}
     weight = None if weight is None else weight.contiguous()
     outputs = {"dsource": dsource, "dbranch": dbranch, "dgate": dgate, "shares": shares, "programs": programs}
     _launch(norm_backward, programs, group_size, inputs, weight=weight, eps=eps, **outputs, **tile)
-    return dsource, shares, dgate, dbranch
+    # Summed in a fixed order, so that a run can be repeated bit for bit.
+    return dsource, None if shares is None else shares.sum(0), dgate, dbranch

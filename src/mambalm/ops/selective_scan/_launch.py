@@ -11,7 +11,7 @@ from mambalm.ops import triton_support
 from mambalm.ops.backends import Call
 from mambalm.ops.selective_scan.arguments import Arguments
 from mambalm.ops.triton_sums import sums
-from mambalm.ops.triton_support import dense_channels, empty, launch, on
+from mambalm.ops.triton_support import dense_channels, launch, on
 
 # Elements of u from which on fewer states are kept for the backward: memory counts, and there is work for all.
 _MANY_ELEMENTS = 2**24
@@ -100,14 +100,14 @@ class Problem:
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised float32 tensor on the call's device."""
-        return empty(shape, torch.float32, self.device)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def gradients(self, blocks_per_group: int, shares: int) -> "Gradients":
         """Empty buffers for a backward with that many blocks in a group and programs for a block."""
 
         def dense(name: str) -> Tensor | None:
             t = self.tensors[name]
-            return None if t is None else empty(t.shape, t.dtype, t.device)
+            return None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
         def if_given(name: str, *shape: int) -> Tensor | None:
             return None if self.tensors[name] is None else self.empty(*shape)
@@ -157,7 +157,7 @@ def launch_forward(
 ) -> tuple[Tensor, ...]:
     """y, the final state and the checkpoints (empty unless ``save``), by a kernel for blocks of ``BLOCK`` channels that
     cuts each row into ``chunks``."""
-    y = empty((problem.b, problem.l, problem.d), problem.dtype, problem.device)
+    y = torch.empty(problem.b, problem.l, problem.d, dtype=problem.dtype, device=problem.device)
     final = problem.empty(problem.rows, problem.d, problem.n)
     documents = None if problem.tensors["cu_seqlens"] is None else problem.rows
     pieces = _pieces(problem.b, problem.l, problem.d, documents)

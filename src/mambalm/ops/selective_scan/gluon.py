@@ -13,7 +13,6 @@ from mambalm.ops.selective_scan import triton as plain
 from mambalm.ops.selective_scan._gluon_kernels import scan_backward, scan_ends, scan_forward
 from mambalm.ops.selective_scan._launch import Problem, checkpoint_shape
 from mambalm.ops.selective_scan.arguments import Arguments
-from mambalm.ops.triton_repeats import repeat
 from mambalm.ops.triton_support import dense_channels, launch, on, processors
 
 __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
@@ -105,13 +104,9 @@ def _chunk_ends(problem: Problem, plan: Plan, dy: Tensor | None) -> dict[str, An
 
 def forward(*arguments, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     """y, the final state and the checkpoints (empty unless ``save``); arguments as in the interface."""
-    return repeat(_forward, save, *arguments)
-
-
-def _forward(save: bool, *arguments: Any) -> tuple[Tensor, ...]:
     problem = Problem.of(Arguments(*arguments))
     if problem.b * problem.l <= _SHORT * problem.rows:
-        return plain.run_forward(save, *arguments)
+        return plain.forward(*arguments, save=save)
     plan = _forward_plan(problem)
     ends = _chunk_ends(problem, plan, None)
     meta = plan.meta(problem.n)
@@ -122,10 +117,6 @@ def _forward(save: bool, *arguments: Any) -> tuple[Tensor, ...]:
 
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state."""
-    return repeat(_backward, dy, dfinal_state, *arguments)
-
-
-def _backward(dy: Tensor, dfinal_state: Tensor | None, *arguments: Any) -> tuple[Tensor | None, ...]:
     *inputs, checkpoints = arguments
     problem = Problem.of(Arguments(*inputs))
     plan = _backward_plan(problem)

@@ -1,7 +1,5 @@
 """The selective scan on any GPU that Triton knows, and in Triton's interpreter on a CPU."""
 
-from typing import Any
-
 import triton
 from torch import Tensor
 
@@ -10,7 +8,6 @@ from mambalm.ops.selective_scan import _launch
 from mambalm.ops.selective_scan._launch import Problem, checkpoint_shape
 from mambalm.ops.selective_scan._triton_kernels import scan_backward, scan_forward
 from mambalm.ops.selective_scan.arguments import Arguments
-from mambalm.ops.triton_repeats import repeat
 
 __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
@@ -35,11 +32,6 @@ def _blocks(problem: Problem, cells: int) -> dict[str, int]:
 
 def forward(*arguments, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     """y, the final state and the checkpoints (empty unless ``save``); arguments as in the interface."""
-    return repeat(run_forward, save, *arguments)
-
-
-def run_forward(save: bool, *arguments: Any) -> tuple[Tensor, ...]:
-    """As `forward`, by the long way."""
     problem = Problem.of(Arguments(*arguments))
     ahead = 1 if problem.b * problem.l <= problem.rows else _AHEAD
     return _launch.launch_forward(
@@ -49,10 +41,6 @@ def run_forward(save: bool, *arguments: Any) -> tuple[Tensor, ...]:
 
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state."""
-    return repeat(_backward, dy, dfinal_state, *arguments)
-
-
-def _backward(dy: Tensor, dfinal_state: Tensor | None, *arguments: Any) -> tuple[Tensor | None, ...]:
     *inputs, checkpoints = arguments
     problem = Problem.of(Arguments(*inputs))
     blocks = _blocks(problem, _BACKWARD_CELLS)

@@ -122,7 +122,7 @@ class Problem:
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised tensor on the call's device."""
-        return triton_support.empty(shape, dtype, self.device)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def kept_states(self) -> tuple[Tensor, Tensor | None]:
         """Room for the states of all chunks and, where they are kept in 16 bits, their scales and their inputs'."""

@@ -87,7 +87,6 @@ def prepare(
     step,
     decay,
     whole,
-    flags,
     dt_b,
     dt_l,
     dt_h,
@@ -98,15 +97,10 @@ def prepare(
     rows,
     slots,
     SOFTPLUS: tl.constexpr,
-    FLAGS: tl.constexpr,
     Q: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Δ and the running sums of Δ A log2(e) within each chunk, (heads, slots, Q); steps of the padding are zero. With
-    ``flags``, which the next kernel counts with, zeros them."""
-    if flags is not None:  # noqa: SIM102 (known at compile time, the other not)
-        if tl.program_id(0) == 0:
-            tl.store(flags + tl.arange(0, FLAGS), tl.zeros((FLAGS,), tl.int32))
+    """Δ and the running sums of Δ A log2(e) within each chunk, (heads, slots, Q); steps of the padding are zero."""
     parts = tl.cdiv(heads, HEADS)
     slot = (tl.program_id(0) // parts).to(tl.int64)
     head = tl.program_id(0) % parts * HEADS + tl.arange(0, HEADS)

@@ -14,9 +14,8 @@ from mambalm.ops.ssd import _gluon_kernels, _launch
 from mambalm.ops.ssd import triton as plain
 from mambalm.ops.ssd._launch import Problem, checkpoint_shape, skip_strides
 from mambalm.ops.ssd.arguments import Arguments
-from mambalm.ops.ssd.triton import Decays, Pass
-from mambalm.ops.triton_repeats import repeat
-from mambalm.ops.triton_support import launch, on, power_of_2, processors
+from mambalm.ops.ssd.triton import Decays, Pass, States
+from mambalm.ops.triton_support import launch, on, processors
 
 __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
@@ -36,25 +35,16 @@ def supports(call: Call) -> str | None:
 
 def forward(*arguments, final: bool, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     """y, the final state (empty unless asked for) and an empty tensor; arguments as in the interface."""
-    return repeat(_forward, final, *arguments)
+    return plain.run_forward(Problem.of(Arguments(*arguments)), final, scan_rows)
 
 
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state."""
     *inputs, _ = arguments
-    return repeat(_backward, dy, dfinal_state, *inputs)
-
-
-def _forward(final: bool, *arguments: Any) -> tuple[Tensor, ...]:
-    problem = Problem.of(Arguments(*arguments))
-    return run_forward(problem, final) if takes(problem) else plain.run_forward(problem, final)
-
-
-def _backward(dy: Tensor, dfinal_state: Tensor | None, *arguments: Any) -> tuple[Tensor | None, ...]:
-    problem = Problem.of(Arguments(*arguments))
+    problem = Problem.of(Arguments(*inputs))
     if problem.short or not fits(problem):
-        return plain.run_backward(problem, dy, dfinal_state)
-    return run_backward(problem, dy if _is_copied(dy) else dy.contiguous(), dfinal_state)
+        return plain.run_backward(problem, dy, dfinal_state, plain.scan_rows)
+    return _backward(problem, dy if _is_copied(dy) else dy.contiguous(), dfinal_state)
 
 
 def fits(problem: Problem) -> bool:
@@ -102,29 +92,25 @@ def _segments(problem: Problem) -> int:
     return count
 
 
-def run_forward(problem: Problem, final: bool) -> tuple[Tensor, ...]:
-    """As `forward`, by the kernels."""
-    y = problem.empty(problem.b, problem.l, problem.h, problem.p, dtype=problem.dtype)
-    state = problem.new_states() if final else None
-    flags = problem.empty(power_of_2(2 * processors(problem.device) + 1), dtype=torch.int32)
-    with on(problem.device):
-        decays = plain.make_decays(problem, flags)
-        _scan_rows(problem, decays, Pass(y, initial=problem.tensors["initial"], final=state), flags)
-    return y, problem.empty(0) if state is None else state, problem.empty(0)
-
-
-def _scan_rows(problem: Problem, decays: Decays, wanted: Pass, flags: Tensor) -> None:
+def scan_rows(problem: Problem, decays: Decays, wanted: Pass) -> States:
     """The outputs of a forward."""
+    if not takes(problem):
+        return plain.scan_rows(problem, decays, wanted)
     segments, programs = _segments(problem), processors(problem.device)
     ends = plain.segment_ends(problem, decays, wanted, segments)
     per_unit = -(-(problem.slots // problem.rows) // segments)
     x, B, C, D = (problem.tensors[name] for name in "xBCD")
+    y = wanted.out
+    assert x is not None
+    assert B is not None
+    assert C is not None
+    assert y is not None
     arguments = {
         "u_desc": _tokens(x, _CHANNELS),
         "key_desc": _tokens(B, _STATES),
         "query_desc": _tokens(C, _STATES),
-        "out_desc": _tokens(wanted.out, _CHANNELS),
-        "out": wanted.out,
+        "out_desc": _tokens(y, _CHANNELS),
+        "out": y,
         "D": D,
         "initial": wanted.initial,
         "step": decays["step"],
@@ -132,7 +118,7 @@ def _scan_rows(problem: Problem, decays: Decays, wanted: Pass, flags: Tensor) ->
         **ends,
         "final": wanted.final,
         "handed": problem.empty(2 * programs, _CHANNELS, _STATES),
-        "flags": flags,
+        "flags": torch.zeros(2 * programs + 1, dtype=torch.int32, device=problem.device),
         "D_h": skip_strides(D)["D_h"],
         "length": problem.l,
         "heads": problem.h,
@@ -147,12 +133,14 @@ def _scan_rows(problem: Problem, decays: Decays, wanted: Pass, flags: Tensor) ->
         "N": _STATES,
     }
     launch(_gluon_kernels.scan, programs, arguments, {"num_warps": 4})
+    return None, None
 
 
-def run_backward(problem: Problem, dy: Tensor, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(problem: Problem, dy: Tensor, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
     """As `backward`, by the kernels."""
     x, initial = problem.tensors["x"], problem.tensors["initial"]
-    dx = problem.empty(problem.b, problem.l, problem.h, problem.p, dtype=problem.dtype)
+    assert x is not None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dinitial = None if initial is None else problem.new_states()
     dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     with on(problem.device):

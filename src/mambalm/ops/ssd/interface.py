@@ -215,10 +215,7 @@ def _run_backward(
     with backends.exact(x.device):
         gradients = module.backward(dy, dfinal_state, *inputs, checkpoints)
     wanted = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    return [
-        x.new_empty(0) if t is None else g if g.dtype == t.dtype else g.to(t.dtype)
-        for t, g in zip(wanted, gradients, strict=True)
-    ]
+    return [x.new_empty(0) if t is None else g.to(t.dtype) for t, g in zip(wanted, gradients, strict=True)]
 
 
 _backward = torch.library.custom_op("mambalm::ssd_backward", _run_backward, mutates_args=())

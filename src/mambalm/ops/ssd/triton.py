@@ -1,5 +1,6 @@
 """ssd on any GPU that Triton knows, and in Triton's interpreter on a CPU."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +12,6 @@ from mambalm.ops.ssd import _launch
 from mambalm.ops.ssd._launch import Problem, checkpoint_shape, skip_strides, stride_arguments
 from mambalm.ops.ssd._triton_kernels import advance, finish, pairs, prepare, scan
 from mambalm.ops.ssd.arguments import Arguments
-from mambalm.ops.triton_repeats import repeat
 from mambalm.ops.triton_sums import sums
 from mambalm.ops.triton_support import ceil_div, dense_channels, launch, multiplies_from_shared, on, power_of_2
 
@@ -19,6 +19,7 @@ __all__ = ["backward", "checkpoint_shape", "forward", "supports"]
 
 Decays = dict[str, Tensor | None]
 States = tuple[Tensor | None, Tensor | None]  # of every chunk (slots, blocks, n, p), and scales (slots, blocks, 2)
+Scan = Callable[[Problem, Decays, "Pass"], States]
 
 # Heads of a program that makes or sums decays; cells of a state of a program that makes one step.
 _HEADS, _STEP_CELLS = 16, 2048
@@ -35,21 +36,13 @@ def supports(call: Call) -> str | None:
 
 def forward(*arguments, final: bool, save: bool) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     """y, the final state (empty unless asked for) and an empty tensor; arguments as in the interface."""
-    return repeat(_forward, final, *arguments)
+    return run_forward(Problem.of(Arguments(*arguments)), final, scan_rows)
 
 
 def backward(dy: Tensor, dfinal_state: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     """The gradients of x, dt, A, B, C, D, z, dt_bias and initial_state."""
     *inputs, _ = arguments
-    return repeat(_backward, dy, dfinal_state, *inputs)
-
-
-def _forward(final: bool, *arguments: Any) -> tuple[Tensor, ...]:
-    return run_forward(Problem.of(Arguments(*arguments)), final)
-
-
-def _backward(dy: Tensor, dfinal_state: Tensor | None, *arguments: Any) -> tuple[Tensor | None, ...]:
-    return run_backward(Problem.of(Arguments(*arguments)), dy, dfinal_state)
+    return run_backward(Problem.of(Arguments(*inputs)), dy, dfinal_state, scan_rows)
 
 
 @dataclass(frozen=True)
@@ -73,30 +66,35 @@ class Lines(NamedTuple):
     some: int
 
 
-def run_forward(problem: Problem, final: bool) -> tuple[Tensor, ...]:
-    """As `forward`."""
+def run_forward(problem: Problem, final: bool, scan_with: Scan) -> tuple[Tensor, ...]:
+    """As `forward`, with a given implementation of the scan."""
     y = problem.empty(problem.b, problem.l, problem.h, problem.p, dtype=problem.dtype)
     state = problem.new_states() if final else None
     with on(problem.device):
         if problem.l == 1 and problem.tensors["cu_seqlens"] is None:
             _advance(problem, y, state)
         else:
-            scan_rows(problem, make_decays(problem), Pass(y, initial=problem.tensors["initial"], final=state))
+            scan_with(problem, make_decays(problem), Pass(y, initial=problem.tensors["initial"], final=state))
     return y, problem.empty(0) if state is None else state, problem.empty(0)
 
 
-def run_backward(problem: Problem, dy: Tensor, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As `backward`."""
+def run_backward(
+    problem: Problem, dy: Tensor, dfinal_state: Tensor | None, scan_with: Scan
+) -> tuple[Tensor | None, ...]:
+    """As `backward`, with a given implementation of the scan."""
     dy = dense_channels(dy)
-    dx, dz = (None if (t := problem.tensors[name]) is None else problem.empty(*t.shape, dtype=t.dtype) for name in "xz")
+    dx, dz = (
+        None if (t := problem.tensors[name]) is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for name in "xz"
+    )
     initial = problem.tensors["initial"]
     dinitial = None if initial is None else problem.new_states()
     dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     with on(problem.device):
         decays = make_decays(problem)
-        entering = scan_rows(problem, decays, Pass(dz, dy=None if dz is None else dy, initial=initial, keep=True))
+        entering = scan_with(problem, decays, Pass(dz, dy=None if dz is None else dy, initial=initial, keep=True))
         back = Pass(dx, reverse=True, dy=dy, initial=dfinal, final=dinitial, keep=True)
-        leaving = scan_rows(problem, decays, back)
+        leaving = scan_with(problem, decays, back)
         chunks = _chunks(problem, decays, dy, entering, leaving)
         found, dD, lines = _pairs(problem, chunks)
         found = finish_sums(problem, decays, found, lines)
@@ -104,13 +102,12 @@ def run_backward(problem: Problem, dy: Tensor, dfinal_state: Tensor | None) -> t
     return dx, found["ddt"], found["dA"], found["dB"], found["dC"], dD, dz, found["dbias"], dinitial
 
 
-def make_decays(problem: Problem, flags: Tensor | None = None) -> Decays:
-    """Δ and the running sums of log decays of each chunk; ``flags``, a power of two of int32, become zero."""
+def make_decays(problem: Problem) -> Decays:
+    """Δ and the running sums of log decays of each chunk."""
     shape = (problem.h, problem.slots, problem.chunk)
     found = {name: problem.empty(*shape) for name in ("step", "decay")}
     decays = {**found, "whole": problem.empty(*shape) if problem.exact else None}
-    counters = {"flags": flags, "FLAGS": 1 if flags is None else flags.shape[0]}
-    _launch_steps(prepare, problem, {**decays, **counters})
+    _launch_steps(prepare, problem, decays)
     return decays
 
 
@@ -233,11 +230,12 @@ def finish_sums(problem: Problem, decays: Decays, found: Decays, lines: Lines) -
     each = problem.blocks // problem.h
     rest = {"blocks": each * lines.others, "crossings": each * lines.crossings, "SOME": lines.some}
     _launch_steps(finish, problem, {**found, **shares, **rest, "ddt": ddt, "step": decays["step"]})
-    whole = dB.shape[0] == 1
-    shares |= {"dB": None, "dC": None} if whole else {"dB": dB, "dC": dC}
+    if dB.shape[0] == 1:  # then chunks are many, of which torch sums few heads sooner
+        totals = zip(names, of_heads.sum(1).unbind(), strict=True)
+        return {**dict.fromkeys(there), **dict(totals), "ddt": ddt, "dB": dB[0], "dC": dC[0]}
+    shares |= {"dB": dB, "dC": dC}
     dtypes = [torch.float32] * 3 + [problem.dtype] * 2
-    totals = dict(zip(shares, sums(list(shares.values()), dtypes), strict=True))
-    return {**totals, "ddt": ddt, **({"dB": dB[0], "dC": dC[0]} if whole else {})}
+    return {"ddt": ddt, **dict(zip(shares, sums(list(shares.values()), dtypes), strict=True))}
 
 
 def _advance(problem: Problem, y: Tensor, state: Tensor | None) -> None:
