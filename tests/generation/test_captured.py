@@ -12,6 +12,7 @@ import torch
 from mambalm.generation import Engine, Sampling, Session, Settings, engine, owned_state, read, runs, step, steps
 from mambalm.generation.owned_state import OwnedState
 from mambalm.models.common import MambalmForCausalLM
+from tests.generation.broken_off import ERRORS, break_off
 from tests.helpers import FLOAT32, relative_error
 from tests.models.tiny import FAMILIES, WITH_TRANSFORMERPP, lively, tokens
 
@@ -158,29 +159,14 @@ def test_what_is_owned_is_no_part_of_what_is_given_out() -> None:
     assert torch.isfinite(out).all()
 
 
-class Stopped(Exception):
-    """Of a caller."""
-
-
-@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt, None])
+@pytest.mark.parametrize("error", ERRORS)
 def test_what_was_broken_off_leaves_nothing_behind(error: type[BaseException] | None) -> None:
     one = Engine(lively("hybrid"))
     settings = Settings(max_new_tokens=6, sampling=Sampling(temperature=1.0, presence_penalty=0.5), seed=1)
     expected = list(one.generate(PROMPTS, settings))
     graphs = sum(map(len, one.graphs._idle.values()))  # type: ignore[union-attr]
 
-    def raises(row: int) -> bool:
-        if error is not None and row == 1:
-            raise error
-        return row == 0
-
-    broken = one.generate(PROMPTS, settings, raises)
-    if error is None:
-        next(broken)
-        del broken
-    else:
-        with pytest.raises(error):
-            list(broken)
+    break_off(one, PROMPTS, settings, error)
     assert list(one.generate(PROMPTS, settings)) == expected
     assert sum(map(len, one.graphs._idle.values())) == graphs  # type: ignore[union-attr]
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mambalm.generation import Engine, Sampling, Session, Settings, decode, end_tokens, read, step
+from tests.generation.broken_off import ERRORS, break_off
 from tests.helpers import FLOAT32, relative_error
 from tests.models.tiny import FAMILIES, WITH_TRANSFORMERPP, lively
 from tests.models.tiny import tokens as random_tokens
@@ -212,29 +213,14 @@ def test_logits_that_become_no_numbers_are_told(tiny_model: PreTrainedModel, sam
         next(found)
 
 
-class Stopped(Exception):
-    """Of a caller."""
-
-
 @pytest.mark.parametrize("family", ["mamba", "hybrid"])
-@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt, None])
+@pytest.mark.parametrize("error", ERRORS)
 def test_what_was_broken_off_leaves_nothing_behind(family: str, error: type[BaseException] | None) -> None:
     model = lively(family)
     engine, settings = Engine(model), Settings(max_new_tokens=6, sampling=Sampling(temperature=1.0), seed=1)
     expected = list(engine.generate(PROMPTS_48, settings))
 
-    def raises(row: int) -> bool:
-        if error is not None and row == 1:
-            raise error
-        return row == 0
-
-    broken = engine.generate(PROMPTS_48, settings, raises)
-    if error is None:
-        next(broken)
-        del broken
-    else:
-        with pytest.raises(error):
-            list(broken)
+    break_off(engine, PROMPTS_48, settings, error)
     assert list(engine.generate(PROMPTS_48, settings)) == expected
 
 
