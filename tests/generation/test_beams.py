@@ -91,6 +91,12 @@ def test_sizes_that_make_no_search_are_refused(beams: int, count: int) -> None:
         beam_search(Engine(FAMILIES["mamba"].model()), PROMPT, beams, max_new_tokens=count)
 
 
+def test_more_beams_than_tokens_are_refused() -> None:
+    engine = Engine(FAMILIES["mamba"].model())
+    with pytest.raises(ValueError, match="100000 beams begin with as many tokens, of a vocabulary of 48: give fewer"):
+        beam_search(engine, PROMPT, 100_000, max_new_tokens=3)
+
+
 def test_logits_that_become_no_numbers_are_told() -> None:
     model = FAMILIES["mamba2"].model()
 

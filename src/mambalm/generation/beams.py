@@ -47,7 +47,7 @@ def beam_search(
     Args:
         engine: with the model.
         prompt: token ids (l).
-        beams: how many continuations are followed, at least 2.
+        beams: how many continuations are followed, at least 2 and at most the vocabulary's size.
         max_new_tokens: tokens of a continuation at most.
         end_tokens: token ids that end one.
         length_penalty: above 0 favours long continuations, see `Beam.score`.
@@ -55,10 +55,14 @@ def beam_search(
         chunk_size: see `read`.
 
     Raises:
-        ValueError: fewer than 2 beams or 1 token, logits that become NaN or infinite, or see `read`.
+        ValueError: fewer than 2 beams or 1 token, more beams than the vocabulary has tokens, logits that become NaN or
+            infinite, or see `read`.
     """
     if beams < 2 or max_new_tokens < 1:
         raise ValueError(f"{beams} beams of {max_new_tokens} tokens: give at least 2 beams and 1 token")
+    vocabulary = engine.model.config.vocab_size
+    if beams > vocabulary:
+        raise ValueError(f"{beams} beams begin with as many tokens, of a vocabulary of {vocabulary}: give fewer")
     logits, state = read(engine.model, [prompt], state, chunk_size=chunk_size, graphs=engine.chunks)
     reader = engine.reader(state.index([0] * beams))
     # All beams are the same at first: only the first one's continuations count.
