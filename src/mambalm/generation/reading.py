@@ -150,8 +150,6 @@ def check_prompts(model: MambalmForCausalLM, prompts: Sequence[Tensor] | Tensor)
             given = f"shape {tuple(prompt.shape)}" if isinstance(prompt, Tensor) else type(prompt).__name__
             raise TypeError(f"prompt {row + 1} must be a tensor of token ids (l), got {given}")
         if prompt.is_floating_point() or prompt.dtype == torch.bool:
-            raise TypeError(f"prompt {row + 1} must hold token ids, integers, got {prompt.dtype}")
-        if prompt.is_floating_point():
             raise TypeError(f"prompt {row + 1} is {prompt.dtype}; token ids are integers, as torch.long")
         if not len(prompt):
             raise ValueError(f"prompt {row + 1} has no tokens; give it at least one, such as the start-of-text token")
