@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,10 +176,11 @@ def test_no_memory_is_no_result(error: Exception) -> None:
 
 def test_the_peak_is_of_what_was_in_use() -> None:
     memory = Memory(CPU)
+    gc.collect()  # what earlier tests left, freed meanwhile, would hide what is allocated here
     memory.reset()
     before = memory.peak()
-    torch.ones(2**24)
-    assert memory.peak() - before >= 0.9 * 2**26
+    torch.ones(2**26)
+    assert memory.peak() - before >= 0.5 * 2**28
     memory.reset()
     assert memory.peak() - before < 2**25
     assert environment(CPU)["versions"]["torch"] == torch.__version__
