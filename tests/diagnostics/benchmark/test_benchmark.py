@@ -180,7 +180,7 @@ def test_the_peak_is_of_what_was_in_use() -> None:
     memory.reset()
     before = memory.peak()
     torch.ones(2**26)
-    assert memory.peak() - before >= 0.5 * 2**28
+    assert memory.peak() - before >= 0.9 * 2**28
     memory.reset()
     assert memory.peak() - before < 2**25
     assert environment(CPU)["versions"]["torch"] == torch.__version__
